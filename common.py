@@ -1,0 +1,1826 @@
+"""What the six scripts share: datasets, environments, evaluation, and the keeping of runs. No networks, no losses.
+
+Sections: facts, data, environments, evaluation, command line, learners, runs.
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import difflib
+import fcntl
+import functools
+import hashlib
+import http.client
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar, NamedTuple
+
+import gymnasium
+import h5py
+import matplotlib
+import mujoco
+import numpy as np
+import torch
+import tyro
+from gymnasium import spaces
+from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+from gymnasium.envs.registration import EnvSpec
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Facts: where the public datasets are, what their files must look like, and how returns become scores
+# ----------------------------------------------------------------------------------------------------------------------
+
+SERVERS = (  # asked in this order; the mirror keeps all files in one folder
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
+)
+
+# Dataset, size in bytes, size of the older edition (the v2 files were replaced once), SHA-256 of the newer edition.
+# Source: the checksum lists of TensorFlow Datasets.
+KNOWN_FILES = """
+hopper-random-v2 152525345 139446977 63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054
+hopper-medium-v2 152756557 141484200 5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0
+hopper-medium-replay-v2 75854457 77251678 e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b
+hopper-medium-expert-v2 304537315 281841200 9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26
+hopper-expert-v2 152427435 140996499 01aa219a5f8eea5e639eccdc636ec2bf40e317159a95cf4bf6e985f16909941b
+halfcheetah-random-v2 237338037 218821181 25407aef85b5d16c0f36b4149341edb4acc6a9e88c1db529b2de19e7464874ba
+halfcheetah-medium-v2 237727262 219650767 41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0
+halfcheetah-medium-replay-v2 59448533 60486703 48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683
+halfcheetah-medium-expert-v2 474567252 438690517 015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06
+halfcheetah-expert-v2 237464597 219655978 d9fe53bb994eb1e20a99b4fa3412cd76a1bb7966a7ff55e0fcbdd6081bd2965f
+walker2d-random-v2 216109364 204760763 4e863bb6090cf4a461548bd470564b32f1ae5b32ef3085f816b2ede7f092e7fa
+walker2d-medium-v2 232254996 216994829 cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda
+walker2d-medium-replay-v2 86323963 88471563 e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db
+walker2d-medium-expert-v2 462197079 431922429 6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04
+walker2d-expert-v2 230567195 215544301 2985dc3d436a8baa10e8f43f946fe1d7c6337a4e4fbc65def70618093b18c59a
+antmaze-umaze-v0 232533093 - 188838316eab5882fa0e1dc8398b5e79772f64f27f0b78d6aebe838402a720c6
+antmaze-umaze-diverse-v0 230854793 - 4aff7f77b97a8dd62e513cac8f57da7cdb458cfac7ac0cec3081b7765f2da59d
+antmaze-medium-play-v0 231110993 - 527385c14b87892e8c222c43246546d6cd461fa2a5476d0b3b105ae422b7637c
+antmaze-medium-diverse-v0 231095454 - b77764cac90c23e09905539c49ceb3949b49c5b39eb9d51788cc64b9dd0a2c0d
+antmaze-large-play-v0 230880846 - e37afef5b80b968b30cad2682f9a93ee1b400e3b58c7a7f45e7d425d03a2b03d
+antmaze-large-diverse-v0 231183929 - dda7acbdde1a94a14aa7b06a7e5d8141e60a03ccdc4578bff34b0444425bf11d
+antmaze-umaze-v2 232532949 - 5ef15257771c50ef4d23c7de001750e96c8bb5d9b6a5e4a821dcfb3065fbd130
+antmaze-umaze-diverse-v2 230854272 - c771dd63963cd7d9f55f24a6d809064f6b82250a6aeac4c9d13f9a1d06e8c932
+antmaze-medium-play-v2 231110764 - c9fec1c1daad97c71d61bd47f4ccc9f74faa855b8a2d2e8107d5378018827e5b
+antmaze-medium-diverse-v2 231095166 - ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7
+antmaze-large-play-v2 230880653 - 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471
+antmaze-large-diverse-v2 231183710 - 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
+pen-human-v1 2040573 - 209e345b2150b633f30a11612612c60f49e941f127ce6c4dc0cd790501c46f9f
+pen-cloned-v1 155074191 - 6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22
+pen-expert-v1 262040663 - 3791b8ca6a802061770af2977c051ac3ae261488210ce73788760a5b8308f374
+halfcheetah-full-replay-v2 - - -
+hopper-full-replay-v2 - - -
+walker2d-full-replay-v2 - - -
+kitchen-complete-v0 - - -
+kitchen-partial-v0 - - -
+kitchen-mixed-v0 - - -
+"""
+KITCHEN_FILES = {
+    "complete": "mini_kitchen_microwave_kettle_light_slider-v0",
+    "partial": "kitchen_microwave_kettle_light_slider-v0",
+    "mixed": "kitchen_microwave_kettle_bottomburner_light-v0",
+}
+
+
+class Source(NamedTuple):
+    """One public file: its path on the server, and its known sizes and SHA-256 (empty where none is published)."""
+
+    path: str
+    sizes: tuple[int, ...]
+    sha256: str
+
+
+def server_path(name: str) -> str:
+    """Path of a D4RL dataset on its server, e.g. gym_mujoco_v2/hopper_medium_replay-v2.hdf5 (source: D4RL infos.py)."""
+    family, kind, version = re.fullmatch(r"(\w+)-(.+)-(v\d)", name).groups()
+    if family == "pen":
+        return f"hand_dapg_v1/{name}.hdf5"
+    if family == "kitchen":
+        return f"kitchen/{KITCHEN_FILES[kind]}.hdf5"
+    if family == "antmaze":
+        size, _, goals = kind.partition("-")
+        maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[size]
+        starts = f"noisy_multistart_{kind != 'umaze'}_multigoal_{goals == 'diverse'}_sparse"
+        folder, fixed = ("ant_maze_v2", "_fixed") if version == "v2" else ("ant_maze_new", "")
+        return f"{folder}/Ant_maze_{maze}_{starts}{fixed}.hdf5"
+    return f"gym_mujoco_v2/{family}_{kind.replace('-', '_')}-{version}.hdf5"
+
+
+DATASETS = {}
+for _name, *_sizes, _sha256 in (line.split() for line in KNOWN_FILES.split("\n") if line):
+    DATASETS[_name] = Source(server_path(_name), tuple(int(s) for s in _sizes if s != "-"), _sha256.strip("-"))
+
+GYM_FAMILIES = ("halfcheetah", "hopper", "walker2d")
+# Raw returns that D4RL calls score 0 and score 100, by the first word of the dataset's name.
+REFERENCE = {
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "pen": (96.262799, 3076.8331017826877),
+    "antmaze": (0.0, 1.0),
+    "kitchen": (0.0, 4.0),
+}
+KITCHEN_HORIZON = 280
+
+# Data made on the spot: the (gain, noise) levels of each variant's controller, one per episode in turn; None: random.
+BUILT_IN = {
+    "halfcheetah-demo-random": (None,),
+    "halfcheetah-demo-medium": ((0.8, 0.3),),
+    "halfcheetah-demo-medium-replay": ((0.0, 0.3), (0.4, 0.3), (0.7, 0.3), (1.0, 0.3)),
+    "halfcheetah-demo-medium-expert": ((0.8, 0.3), (0.9, 0.1)),
+    "halfcheetah-demo-expert": ((0.9, 0.0),),
+    "pendulum-demo-random": (None,),
+    "pendulum-demo-medium": ((0.4, 1.0),),
+    "pendulum-demo-expert": ((1.0, 0.1),),
+}
+MINARI_IDS = [f"mujoco/{robot}/{level}-v0" for robot in GYM_FAMILIES for level in ("simple", "medium", "expert")]
+MINARI_IDS += [f"D4RL/pen/{kind}-v2" for kind in ("human", "cloned", "expert")]
+
+
+def list_datasets() -> str:
+    """The text of `--env help`."""
+    names = "\n".join(f"  {name}" for name in (*BUILT_IN, "", *DATASETS))
+    return f"""Built-in data, made here in seconds, then D4RL's, downloaded once:
+{names}
+
+Minari: any id with its version, such as mujoco/hopper/medium-v0 (stored here, or downloaded once).
+Your own file: --data-path FILE (D4RL-style .hdf5, .npz, or a Minari dataset's folder), and --env naming
+  a dataset above or a Gymnasium environment such as Hopper-v4.
+bandit-...: 2-D toy problems that some scripts bring; see the script's --help."""
+
+
+# Where the recordings are judged. v4 and not v5: Walker2d-v5 has other feet, and v5 pays no healthy reward on the
+# last step, so returns would not be comparable with those of the v2 data.
+GYM_IDS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "pendulum": "Pendulum-v1"}
+
+# D4RL's mazes: 1 is wall, a cell is 4 m wide, the ant starts in cell (1, 1); second the goal cell (row, column).
+MAZES = {
+    "umaze": (("11111", "10001", "11101", "10001", "11111"), (3, 1)),
+    "medium": (
+        ("11111111", "10011001", "10010001", "11000111", "10010001", "10100101", "10001001", "11111111"),
+        (6, 6),
+    ),
+    "large": (
+        (
+            "111111111111",
+            "100001000001",
+            "101101010101",
+            "100000010001",
+            "101111011101",
+            "100101000001",
+            "110101010111",
+            "100100010001",
+            "111111111111",
+        ),
+        (7, 9),
+    ),
+}
+
+KITCHEN_TASKS = {
+    "complete": ("microwave", "kettle", "light switch", "slide cabinet"),
+    "partial": ("microwave", "kettle", "light switch", "slide cabinet"),
+    "mixed": ("microwave", "kettle", "bottom burner", "light switch"),
+}
+
+MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: find, download, check, read, and pack transitions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Bad use: shown as one sentence, exit code 2."""
+
+    code = 2
+
+
+class RunError(UserError):
+    """Something failed (network, disk, broken file): shown as one sentence, exit code 1."""
+
+    code = 1
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class Batch(NamedTuple):
+    """One minibatch, float32. `terminal` is 1 at a true end of the MDP, never at a time limit."""
+
+    obs: torch.Tensor  # [B, S]
+    action: torch.Tensor  # [B, A]
+    reward: torch.Tensor  # [B]
+    next_obs: torch.Tensor  # [B, S]
+    next_action: torch.Tensor  # [B, A]
+    terminal: torch.Tensor  # [B]
+
+
+@dataclass
+class Dataset:
+    """Transitions packed row by row, so that a batch is one gather. Actions are in [-max_action, max_action].
+
+    The columns (`data.obs`, `data.reward`, ...) are views: `data.reward.sub_(1)` edits the data.
+    """
+
+    name: str
+    rows: torch.Tensor  # [N, 2 S + 2 A + 2] float32
+    obs_dim: int
+    action_dim: int
+    episode: torch.Tensor  # [N] int64, episode of each row
+    step: torch.Tensor  # [N] int64, place of each row in its episode
+    episode_returns: np.ndarray  # raw return of each complete episode, time-limit rows included
+    make_env: Callable[[], gymnasium.Env]  # one environment for evaluation
+    max_action: float = 1.0
+
+    @classmethod
+    def from_arrays(
+        cls, name, obs, action, reward, terminal, timeout, make_env, *, next_obs=None, ends=None, max_action=1.0
+    ) -> "Dataset":
+        """Pack time-ordered arrays: obs [N, S], action [N, A], reward, terminal, timeout [N] (the last two bool).
+
+        `next_obs` [N, S] given: all rows are kept; the last row of an episode repeats its own action as next action.
+        Not given: D4RL's `qlearning_dataset` rule: the successor is the next row, so the last row and all time-limit
+        rows are dropped, and a terminal row points into the next episode (harmless where terminal masks it).
+        `ends` [N, S] replaces next_obs at terminal rows only, for methods that look at the last state itself.
+        """
+        end = terminal | timeout
+        if next_obs is None:
+            keep = ~timeout
+            keep[-1] = False
+            keep = np.flatnonzero(keep)
+            after = keep + 1
+        else:
+            keep = np.arange(len(obs))
+            after = np.where(end, keep, np.minimum(keep + 1, len(obs) - 1))
+        if len(keep) == 0:
+            raise UserError(f"{name}: no transition is left: every row but the last is a time limit")
+
+        s, a = obs.shape[1], action.shape[1]
+        rows = np.empty((len(keep), 2 * s + 2 * a + 2), np.float32)
+        rows[:, :s] = obs[keep]
+        rows[:, s : s + a] = action[keep]
+        rows[:, s + a] = reward[keep]
+        rows[:, s + a + 1 : 2 * s + a + 1] = obs[after] if next_obs is None else next_obs
+        rows[:, 2 * s + a + 1 : -1] = action[after]
+        rows[:, -1] = terminal[keep]
+        if ends is not None:
+            over = terminal[keep]
+            rows[over, s + a + 1 : 2 * s + a + 1] = ends[keep[over]]
+
+        first = np.flatnonzero(np.concatenate([[True], end[:-1]]))  # first row of each episode
+        episode = np.cumsum(end) - end
+        returns = np.add.reduceat(reward.astype(np.float64), first)
+        step = np.arange(len(obs)) - first[episode]
+        return cls(
+            name,
+            torch.from_numpy(rows),
+            s,
+            a,
+            torch.from_numpy(episode[keep]),
+            torch.from_numpy(step[keep]),
+            returns if end[-1] else returns[:-1],
+            make_env,
+            max_action,
+        )
+
+    @classmethod
+    def bandit(cls, name, action, reward, terminal=True) -> "Dataset":
+        """One state, actions [N, A], and `reward`, a function of actions [n, A] to [n] (torch).
+
+        terminal False: the state leads back to itself for ever, so that values add up discounted rewards.
+        """
+        state, over = np.zeros((len(action), 1), np.float32), np.ones(len(action), bool)
+        largest = float(action.abs().max())
+        return cls.from_arrays(
+            name, state, action.numpy(), reward(action).numpy(), over & terminal, over & (not terminal),
+            functools.partial(Bandit, reward, largest, action.shape[1]), next_obs=state, max_action=largest,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device) -> "Dataset":
+        """The same data on `device`."""
+        moved = {key: getattr(self, key).to(device) for key in ("rows", "episode", "step")}
+        return replace(self, **moved)
+
+    def split(self, rows: torch.Tensor) -> Batch:
+        """Name the columns of packed rows [B, 2 S + 2 A + 2]; no copy."""
+        s, a = self.obs_dim, self.action_dim
+        obs, action, reward, next_obs, next_action, terminal = rows.split([s, a, 1, s, a, 1], dim=1)
+        return Batch(obs, action, reward.squeeze(1), next_obs, next_action, terminal.squeeze(1))
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Uniform with replacement; the indices are drawn on the data's device by `generator`."""
+        index = torch.randint(len(self.rows), (batch_size,), device=self.rows.device, generator=generator)
+        return self.split(self.rows[index])
+
+    obs = property(lambda self: self.split(self.rows).obs)
+    action = property(lambda self: self.split(self.rows).action)
+    reward = property(lambda self: self.split(self.rows).reward)
+    next_obs = property(lambda self: self.split(self.rows).next_obs)
+    next_action = property(lambda self: self.split(self.rows).next_action)
+    terminal = property(lambda self: self.split(self.rows).terminal)
+
+
+def load_dataset(
+    env: str, data_path: str | None = None, *, timeout_rule: Callable | None = None, true_next_obs: bool = False
+) -> Dataset:
+    """Transitions for `env`, on the CPU, actions in [-1, 1].
+
+    env: a D4RL name, a Minari id, or a built-in name; with `data_path` (D4RL-style .hdf5, .npz, or a Minari dataset's
+        folder) also a Gymnasium id, because then it only names the environment.
+    timeout_rule: terminal [N] bool -> timeout [N] bool, instead of the data's own time limits.
+    true_next_obs: at terminal rows take next_obs from the file's next_observations, or else the row's own obs, in place
+        of the next episode's first state.
+    Minari data hold every true successor, so neither of the two is needed there: their time-limit rows are kept.
+    Raises UserError or RunError with one sentence that says what to do.
+    """
+    path = None if data_path is None else Path(data_path).expanduser()
+    minari = is_minari(env) if path is None else path.is_dir()
+    if path is not None:
+        check_judge(env, path)
+    elif minari:
+        path = fetch_minari(env)
+    elif env not in DATASETS and env not in BUILT_IN:
+        raise unknown_dataset(env)
+
+    raw = read_minari(path, env) if minari else None  # before make_env: the environment is described by the data
+    judge = make_env(env)
+    horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else judge.spec and judge.spec.max_episode_steps
+    try:
+        if path is None and env in BUILT_IN:
+            raw = load_built_in(env)
+        elif not minari:
+            raw = read_file(path or download(env), true_next_obs)
+        raw = check_arrays(raw, env)
+        set_timeouts(raw, env, horizon, None if minari else timeout_rule)
+        fit_to_env(raw, env, judge)
+    finally:
+        judge.close()
+
+    next_obs = raw.pop("next_obs", None)
+    ends = next_obs if next_obs is not None else raw["obs"]
+    data = Dataset.from_arrays(
+        env,
+        **raw,
+        make_env=functools.partial(make_env, env),
+        next_obs=next_obs if minari else None,
+        ends=ends if true_next_obs and not minari else None,
+    )
+    if len(data.episode_returns) == 0:
+        raise UserError(f"{env}: the data hold no complete episode: no row is marked as terminal or as a time limit")
+    return data
+
+
+def unknown_dataset(env: str) -> UserError:
+    """The error for a name that is not in the lists, with the nearest names."""
+    try:
+        gymnasium.spec(env)
+        return UserError(f'"{env}" is an environment, not a dataset: give its data by --data-path, or see --env help')
+    except gymnasium.error.Error:
+        pass
+    known = [*DATASETS, *BUILT_IN]
+    stem = re.sub(r"-v\d+$", "", env.lower().replace("_", "-"))
+    near = [name for name in known if re.sub(r"-v\d+$", "", name) == stem]
+    near = near or difflib.get_close_matches(env.lower().replace("_", "-"), known + MINARI_IDS, 3, 0.0)
+    return UserError(f'unknown dataset "{env}": did you mean {" or ".join(near)}? --env help lists all')
+
+
+def check_judge(env: str, path: Path) -> None:
+    """Refuse a D4RL file that would be evaluated in an environment with other physics."""
+    for name, source in DATASETS.items():
+        family = name.split("-")[0]
+        right = env.split("-")[0] == family or (family in GYM_FAMILIES and env.lower() == f"{family}-v4")
+        if Path(source.path).name == path.name and not right:
+            raise UserError(f"{path.name} cannot be evaluated in {env}, whose physics differ: use --env {name}")
+
+
+# Downloads
+
+
+def download(name: str) -> Path:
+    """Path of a D4RL file in D4RL's own cache folder (~/.d4rl/datasets or $D4RL_DATASET_DIR), downloaded if needed."""
+    source = DATASETS[name]
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    path = folder / Path(source.path).name
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(f"{path}.lock", "w") as lock:  # the lock of a killed process vanishes with it
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    fetch(name, path)
+                    return path
+        try:
+            open_hdf5(path, source.sizes).close()
+        except RunError as error:
+            advice = "delete it and run again, or set D4RL_DATASET_DIR to another folder"
+            raise RunError(f"{error}: {advice}") from error
+        if source.sizes and path.stat().st_size not in source.sizes:
+            warn(f"{path} is not one of the known versions of {name} (other size); continuing")
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def fetch(name: str, path: Path) -> None:
+    """Try each server in turn until `path` is a whole, readable file."""
+    source, part, failures = DATASETS[name], Path(f"{path}.part"), []
+    for server in SERVERS:
+        url = server.format(path=source.path, file=path.name)
+        try:
+            digest = fetch_url(url, part)
+            with open_hdf5(part, source.sizes) as file:
+                missing = [key for key in NEEDED if KEYS[key] not in file]
+            if missing:
+                raise RunError(f"the file has no {' '.join(KEYS[key] for key in missing)}")
+            known = part.stat().st_size in source.sizes[1:] or digest == source.sha256
+            if source.sha256 and not known:
+                warn(f"{url} is not one of the known versions of {name} (SHA-256 {digest}); continuing")
+            os.replace(part, path)
+            return
+        except urllib.error.HTTPError as error:
+            failures.append(f"{url}: HTTP {error.code} {error.reason}")
+        except (http.client.HTTPException, urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            failures.append(f"{url}: {getattr(error, 'reason', error)}")
+        except RunError as error:
+            failures.append(f"{url}: {error}")
+        finally:
+            part.unlink(missing_ok=True)
+    raise RunError(
+        f"could not download {name} ({'; '.join(failures)}): nothing was kept; the first server is known for long"
+        f" outages, so run again later, put the file at {path} by hand, or use data that need no network,"
+        " such as --env halfcheetah-demo-medium-replay"
+    )
+
+
+def fetch_url(url: str, part: Path) -> str:
+    """Stream `url` to `part` and return its SHA-256; RunError if it is cut off or no HDF5 file."""
+    digest, got = hashlib.sha256(), 0
+    with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
+        size = int(response.headers.get("Content-Length") or 0)
+        print(f"downloading {url} ({size / 1e6:.0f} MB)", flush=True)
+        with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+            while chunk := response.read(1 << 20):
+                if got == 0 and not chunk.startswith(b"\x89HDF"):
+                    raise RunError("the server answered with a page instead of the file")
+                file.write(chunk)
+                digest.update(chunk)
+                got += len(chunk)
+                bar.update(len(chunk))
+    if got == 0 or (size and got != size):
+        raise RunError(f"cut off: got {got} of {size} bytes")
+    return digest.hexdigest()
+
+
+def open_hdf5(path: Path, sizes: tuple[int, ...] = ()) -> h5py.File:
+    """h5py notices by itself when the end of a file is missing; `sizes` only makes the sentence clearer."""
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        found = path.stat().st_size
+        expected = f", expected {' or '.join(map(str, sizes))}" if sizes else ""
+        why = "is empty" if found == 0 else f"is not a complete HDF5 file (found {found} bytes{expected})"
+        raise RunError(f"{path} {why}") from error
+
+
+# Readers: each gives a dict of arrays named as below
+
+
+KEYS = {
+    "obs": "observations",
+    "action": "actions",
+    "reward": "rewards",
+    "terminal": "terminals",
+    "timeout": "timeouts",
+    "next_obs": "next_observations",
+}
+NEEDED = ("obs", "action", "reward", "terminal")
+
+
+def read_file(path: Path, with_next_obs: bool) -> dict[str, np.ndarray]:
+    """Arrays of a D4RL-style .hdf5 or an .npz; keys as in KEYS, floats as float32."""
+    wanted = {short: long for short, long in KEYS.items() if short != "next_obs" or with_next_obs}
+    if not path.is_file():
+        raise UserError(f"--data-path {path}: no such file or Minari dataset folder")
+    if path.stat().st_size == 0:
+        raise RunError(f"{path} is empty")
+    try:
+        with np.load(path) if path.suffix == ".npz" else open_hdf5(path) as file:
+            names = {short: next((n for n in (long, short) if n in file), None) for short, long in wanted.items()}
+            missing = [KEYS[short] for short in NEEDED if names[short] is None]
+            if missing:
+                raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(file))[:200]}")
+            raw = {}
+            for short, name in names.items():
+                if name is not None:
+                    floats = isinstance(file[name], h5py.Dataset) and file[name].dtype.kind == "f"
+                    # h5py converts in small pieces, so float64 files need no second copy
+                    raw[short] = file[name].astype(np.float32)[()] if floats else np.asarray(file[name])
+            return raw
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise RunError(f"cannot read {path}, the file is damaged: {error}") from error
+
+
+def is_minari(env: str) -> bool:
+    return "/" in env or (minari_root() / env / "data").is_dir()
+
+
+def minari_root() -> Path:
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+
+
+def import_minari():
+    try:
+        import minari
+        import PIL  # noqa: F401  minari's HDF5 reader needs it, and nothing that minari asks for brings it
+    except ImportError as error:
+        raise UserError(f'Minari data need the package {error.name}: pip install "minari[hdf5,hf]" pillow') from error
+    return minari
+
+
+def fetch_minari(env: str) -> Path:
+    """Folder of a Minari dataset, downloaded by the minari package if it is not there."""
+    folder = minari_root() / env
+    if (folder / "data").is_dir():
+        return folder
+    near = " or ".join(difflib.get_close_matches(env, MINARI_IDS, 3, 0.0))
+    if not re.search(r"-v\d+$", env):
+        raise UserError(f'Minari ids end in a version such as -v0, "{env}" does not: did you mean {near}?')
+    minari = import_minari()
+    print(f"downloading the Minari dataset {env}", flush=True)
+    try:
+        minari.download_dataset(env)
+    except ImportError as error:
+        raise UserError(f'downloading {env} needs another package: pip install "minari[hdf5,hf]" pillow') from error
+    except Exception as error:  # what a missing network raises depends on the version of the hub's client
+        why = str(error).split("\n")[0][:200]
+        raise RunError(
+            f"could not download {env} ({type(error).__name__}: {why}): check the network and the id"
+            f" (near: {near}), or use data that need no network, such as --env halfcheetah-demo-medium-replay"
+        ) from error
+    return folder
+
+
+def read_minari(folder: Path, env: str) -> dict[str, np.ndarray]:
+    """Flat arrays of a Minari dataset, with the true next_obs of every row; cached beside it, as reading is slow."""
+    store = folder if folder.name == "data" else folder / "data"
+    name = store.parent.name if folder.name == "data" else folder.name
+    repair = f"import minari; minari.download_dataset('{env if is_minari(env) else name}', force_download=True)"
+    broken = f'{folder} is no complete Minari dataset, perhaps an interrupted download; repair: python -c "{repair}"'
+    files = [file.stat() for file in store.rglob("*") if file.is_file()]
+    if not files:
+        raise RunError(broken)
+    stamp = f"{sum(file.st_size for file in files)}-{max(file.st_mtime_ns for file in files)}"
+    cache = store.parent / f"{name}-{stamp}.npz"
+    if (raw := load_cache(cache)) is not None:
+        return raw
+    minari = import_minari()
+    try:
+        dataset = minari.MinariDataset(store)
+        episodes = []
+        for episode in dataset.iterate_episodes():
+            obs = flatten(dataset.observation_space, episode.observations)  # [T + 1, S]
+            action = flatten(dataset.action_space, episode.actions)
+            terminal = np.asarray(episode.terminations, bool)
+            timeout = np.zeros_like(terminal)
+            timeout[-1] = not terminal[-1]  # also where a recording just stops
+            episodes.append((obs[:-1], action, np.float32(episode.rewards), terminal, timeout, obs[1:]))
+        raw = {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes))}
+        if len(raw["obs"]) != dataset.total_steps:
+            raise RunError(broken)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"reading {folder} needs a package that is missing: {error}") from error
+    except Exception as error:  # minari and h5py raise many kinds for a half-written dataset
+        raise RunError(broken) from error
+    save_cache(cache, raw)
+    return raw
+
+
+def flatten(space: gymnasium.Space, value) -> np.ndarray:
+    """Steps of a nested observation [T, ...] as [T, S], in the order of gymnasium.spaces.flatten."""
+    if isinstance(space, gymnasium.spaces.Dict):
+        return np.concatenate([flatten(part, value[key]) for key, part in space.spaces.items()], axis=1)
+    if isinstance(space, gymnasium.spaces.Tuple):
+        return np.concatenate([flatten(part, value[i]) for i, part in enumerate(space.spaces)], axis=1)
+    if not isinstance(space, gymnasium.spaces.Box):
+        raise UserError(f"only continuous (Box) observations and actions are supported, the data have {space}")
+    return np.asarray(value, np.float32).reshape(len(value), -1)
+
+
+def load_cache(path: Path) -> dict[str, np.ndarray] | None:
+    """Arrays of one of our own .npz files, None if it is missing or damaged."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def save_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write whole or not at all, also with several writers; a folder that cannot be written only means no cache."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(part, path)
+    except OSError as error:
+        warn(f"cannot cache {path} ({error}); continuing")
+
+
+# Checks
+
+
+def check_arrays(raw: dict[str, np.ndarray], env: str) -> dict[str, np.ndarray]:
+    """The arrays with plain shapes and types, or one sentence that says which of them is wrong and how."""
+    lengths = {KEYS[key]: len(value) if np.ndim(value) else 0 for key, value in raw.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(
+            f"{env}: the arrays have different lengths: {', '.join(f'{k} {n}' for k, n in lengths.items())}"
+        )
+    if lengths["observations"] < 2:
+        raise UserError(f"{env}: the data are empty, found {lengths['observations']} rows")
+    for key, value in raw.items():
+        if value.dtype.kind not in "biuf":
+            raise UserError(f"{env}: {KEYS[key]} must hold numbers, found {value.dtype}")
+        bad = np.flatnonzero(~np.isfinite(value).reshape(len(value), -1).all(axis=1))
+        if len(bad):
+            raise UserError(f"{env}: {KEYS[key]} has NaN or infinite values in {len(bad)} rows, the first is {bad[0]}")
+        if key in ("reward", "terminal", "timeout"):
+            if value.size != len(value):
+                raise UserError(f"{env}: {KEYS[key]}: expected shape ({len(value)},), found {value.shape}")
+            value = value.reshape(-1)  # some files store columns
+        dtype = bool if key in ("terminal", "timeout") else np.float32
+        raw[key] = value.astype(dtype, copy=False)
+    return raw
+
+
+def set_timeouts(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: Callable | None) -> None:
+    """Fill raw["timeout"] where the file has none, or by the caller's rule."""
+    if rule is not None:
+        raw["timeout"] = np.asarray(rule(raw["terminal"]), bool)
+    elif "timeout" not in raw and env in DATASETS and env.split("-")[0] in GYM_FAMILIES:
+        raise UserError(
+            f"{env}: the file has no timeouts, which every original has: without them episodes run together"
+        )
+    elif "timeout" not in raw:
+        raw["timeout"] = count_timeouts(raw["terminal"], horizon) if horizon else np.zeros_like(raw["terminal"])
+        rule = f"a time limit is assumed every {horizon} steps" if horizon else "no time limits are assumed"
+        episodes = np.count_nonzero(raw["terminal"] | raw["timeout"])
+        print(f"{env}: the file has no timeouts; {rule} ({episodes} complete episodes)", flush=True)
+
+
+def count_timeouts(terminal: np.ndarray, horizon: int) -> np.ndarray:
+    """D4RL's step counter for files without timeouts. As there, it restarts at 1 after a terminal, at 0 after a cut."""
+    timeout = np.zeros_like(terminal)
+    start, counter = 0, 0
+    for end in [*np.flatnonzero(terminal), len(terminal) - 1]:
+        timeout[start + horizon - 1 - counter : end + 1 : horizon] = True
+        start, counter = end + 1, 0 if timeout[end] else 1
+    return timeout
+
+
+def fit_to_env(raw: dict[str, np.ndarray], env: str, judge: gymnasium.Env) -> None:
+    """Check the arrays against the environment's spaces and bring the actions to [-1, 1]."""
+    box = judge.original_action_space
+    for key, space in (("obs", judge.observation_space), ("next_obs", judge.observation_space), ("action", box)):
+        if key in raw and raw[key].shape[1:] != space.shape:
+            expected = ", ".join(["N", *map(str, space.shape)])
+            raise UserError(f"{env}: {KEYS[key]}: expected shape [{expected}], found {list(raw[key].shape)}")
+    low, high, action = box.low, box.high, raw["action"]
+    if np.any(action < low - 1e-3) or np.any(action > high + 1e-3):
+        raise UserError(
+            f"{env}: actions must be in [{low.min():g}, {high.max():g}], found [{action.min():g}, {action.max():g}]:"
+            " the data are scaled for another environment"
+        )
+    if np.any(low != -1) or np.any(high != 1):
+        action = 2 * (action - low) / (high - low) - 1
+    raw["action"] = np.clip(action, -1, 1).astype(np.float32, copy=False)
+
+
+# Built-in data
+
+
+DEMO_VERSION = 1  # raise when the recipe changes, so that old caches are not used
+DEMO_EPISODES = {"halfcheetah": 50, "pendulum": 100}
+# A linear HalfCheetah-v4 controller found by random search (augmented random search), rounded; it runs at return 4570.
+CHEETAH_W = """
+-6.64 -0.05 -0.03  1.02 -0.42 -0.07 -0.65  0.29  0.18 -0.37 -0.01 -0.05 -0.04 -0.04 -0.03  0.00 -0.02
+ 0.13 -0.12  0.18  0.08 -0.23  0.28  0.09 -1.13  0.14  0.34 -0.11 -0.07  0.00 -0.01  0.04  0.03  0.00
+-0.29  0.73 -0.23  0.84 -0.74 -0.34 -1.69 -0.52  0.02  0.11 -0.05  0.05 -0.02 -0.03 -0.02  0.03 -0.01
+-4.41  0.34  0.72 -0.64  0.63 -0.72  1.55 -0.49 -0.17 -0.30 -0.06  0.03  0.00  0.00 -0.03  0.00  0.00
+-2.80  0.33  0.22 -0.37  0.08 -0.76  1.54 -0.63 -0.02 -0.46  0.28  0.02 -0.01  0.01  0.00 -0.03 -0.03
+-0.47 -0.10  0.44  0.10 -0.22  0.17  0.70 -0.20  0.20  0.58 -0.07 -0.05  0.02  0.01  0.07  0.05 -0.03
+"""
+CHEETAH_B = [-1.17, -0.23, -0.35, -0.41, -0.51, -0.44]
+
+
+def load_built_in(name: str) -> dict[str, np.ndarray]:
+    """Arrays of a built-in dataset, made on first use and cached in ~/.cache/offline-rl (or $XDG_CACHE_HOME)."""
+    robot = name.split("-")[0]
+    if robot == "pendulum":
+        return make_pendulum_demo(name, DEMO_EPISODES[robot])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "offline-rl"
+    cache = folder / f"{name}-{DEMO_EPISODES[robot]}x1000-seed0-v{DEMO_VERSION}.npz"
+    if (raw := load_cache(cache)) is None:
+        print(f"making {name} (a few seconds, once)", flush=True)
+        raw = make_cheetah_demo(name, DEMO_EPISODES[robot])
+        save_cache(cache, raw)
+    return raw
+
+
+def make_cheetah_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Roll the linear controller, clip(gain (W obs + b) + noise N(0, I)), for `episodes` x 1000 steps."""
+    weights = np.array(CHEETAH_W.split(), float).reshape(6, 17)
+    env = make_env(name).unwrapped  # without wrappers: several times faster
+    rng, levels, steps = np.random.default_rng(seed), BUILT_IN[name], 1000
+    raw = {key: np.zeros((episodes, steps, dim), np.float32) for key, dim in (("obs", 17), ("action", 6))}
+    raw["reward"] = np.zeros((episodes, steps), np.float32)
+    for episode in range(episodes):
+        level = levels[episode % len(levels)]
+        noise = rng.uniform(-1, 1, (steps, 6)) if level is None else level[1] * rng.standard_normal((steps, 6))
+        gain = 0.0 if level is None else level[0]
+        obs, _ = env.reset(seed=seed + episode)
+        for step in range(steps):
+            action = np.clip(gain * (weights @ obs + CHEETAH_B) + noise[step], -1, 1)
+            raw["obs"][episode, step], raw["action"][episode, step] = obs, action
+            obs, raw["reward"][episode, step], _, _, _ = env.step(action)
+    env.close()
+    return demo_arrays(raw)
+
+
+def demo_arrays(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """[episodes, steps, ...] to flat rows; no demo ever terminates, the last row of each episode is a time limit."""
+    timeout = np.zeros(raw["reward"].shape, bool)
+    timeout[:, -1] = True
+    flat = {key: value.reshape(-1, *value.shape[2:]) for key, value in raw.items()}
+    return flat | {"terminal": np.zeros(timeout.size, bool), "timeout": timeout.reshape(-1)}
+
+
+def pendulum_step(angle, speed, torque):
+    """Gymnasium's Pendulum-v1 for arrays; angle 0 is upright, torque in [-2, 2]. Gives angle, speed, reward."""
+    wrapped = (angle + np.pi) % (2 * np.pi) - np.pi
+    reward = -(wrapped**2 + 0.1 * speed**2 + 0.001 * torque**2)
+    speed = np.clip(speed + (15 * np.sin(angle) + 3 * torque) * 0.05, -8, 8)
+    return angle + speed * 0.05, speed, reward
+
+
+def make_pendulum_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Pump energy until the pole is high, then catch it by a linear rule; all episodes (200 steps) at once."""
+    rng, level = np.random.default_rng(seed), BUILT_IN[name][0]
+    angle, speed = rng.uniform(-np.pi, np.pi, episodes), rng.uniform(-1, 1, episodes)
+    steps = {"obs": [], "action": [], "reward": []}
+    for _ in range(200):
+        if level is None:
+            torque = rng.uniform(-2, 2, episodes)
+        else:
+            gain, noise = level
+            wrapped = (angle + np.pi) % (2 * np.pi) - np.pi
+            energy = speed**2 / 6 + 5 * np.cos(angle)  # 5 at rest upright
+            torque = gain * np.where(np.cos(angle) > 0.8, -12 * wrapped - 3 * speed, 2 * np.sign(speed * (5 - energy)))
+            torque = np.clip(torque + noise * rng.standard_normal(episodes), -2, 2)
+        steps["obs"].append(np.stack([np.cos(angle), np.sin(angle), speed], axis=1))
+        steps["action"].append(torque[:, None])
+        angle, speed, reward = pendulum_step(angle, speed, torque)
+        steps["reward"].append(reward)
+    return demo_arrays({key: np.stack(value, axis=1).astype(np.float32) for key, value in steps.items()})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Environments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_env(env, render_mode=None):
+    """One evaluation environment for a dataset's name or a Gymnasium id.
+
+    Observations are flat float32 [S] (dicts in the order of gymnasium.spaces.flatten), actions are [A] in [-1, 1].
+
+    - D4RL names (`DATASETS`), with D4RL's time limits and rules of ending. Locomotion runs in Gymnasium's v4.
+    - `halfcheetah-demo-*`, `pendulum-demo-*`: the environments of the built-in data.
+    - Minari ids (with a slash, dataset already downloaded): the evaluation environment stored with the data.
+    - Any other id in Gymnasium's registry, as it is.
+
+    Raises UserError for unknown names, for actions that are not a bounded box, and for missing packages.
+    """
+    mujoco.set_mju_user_warning(_on_mujoco_warning)
+    options = {"render_mode": render_mode, "disable_env_checker": True}
+    if env in DATASETS or env.startswith(("halfcheetah-demo-", "pendulum-demo-")):
+        raw = _make_d4rl(env, options)
+        _restore_margins(raw)
+    elif env in gymnasium.registry:
+        try:
+            raw = gymnasium.make(gymnasium.registry[env], **options)  # the spec object: no deprecation notice for v4
+        except (gymnasium.error.Error, ImportError) as error:
+            raise UserError(f"{env} cannot be made here: {error}") from None
+    elif is_minari(env):
+        raw = _make_minari(env, options)
+        if env.startswith(("mujoco/", "D4RL/")):  # published sets, recorded before mujoco 3.5
+            _restore_margins(raw)
+    else:
+        nearest = difflib.get_close_matches(env, [*DATASETS, *gymnasium.registry], 3, 0.5)
+        hint = f"; nearest names: {', '.join(nearest)}" if nearest else ""
+        raise UserError(f"unknown environment '{env}'{hint}")
+    return FlatEnv(raw, env)
+
+
+class FlatEnv(gymnasium.Wrapper):
+    """Flat float32 observations, actions clipped to [-1, 1] and then stretched to `original_action_space`."""
+
+    def __init__(self, env, name):
+        super().__init__(env)
+        box = env.action_space
+        if not isinstance(box, spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
+            raise UserError(f"{name} has the action space {box}; only bounded vectors of continuous actions work here")
+        self.original_action_space = box
+        self._center, self._half = (box.high + box.low) / 2, (box.high - box.low) / 2
+        self.action_space = spaces.Box(-1.0, 1.0, box.shape, np.float32)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (spaces.flatdim(env.observation_space),), np.float32)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self._flat(obs), info
+
+    def step(self, action):
+        # Clipping comes first: MuJoCo clips the torque, but the control cost would see the larger action.
+        obs, reward, terminated, truncated, info = self.env.step(self._center + self._half * np.clip(action, -1, 1))
+        return self._flat(obs), reward, terminated, truncated, info
+
+    def _flat(self, obs):
+        return spaces.flatten(self.env.observation_space, obs).astype(np.float32)
+
+
+def _on_mujoco_warning(text):
+    """MuJoCo's C code would print `text` and write MUJOCO_LOG.TXT; with this hook it is a Python warning instead.
+
+    The notice that Gymnasium's HalfCheetah uses an old attribute is dropped: nobody here can act on it.
+    """
+    if "settotalmass" not in text:
+        warnings.warn(f"MuJoCo: {text}", stacklevel=2)
+
+
+def _restore_margins(env):
+    """Undo a change of contacts: since 3.5 MuJoCo adds the margins of two touching geoms, before it took the larger.
+
+    Halving all margins gives the physics that the data were recorded with, exactly so if all geoms share one margin
+    (Hopper, Ant, Adroit). Models that mix margins (the kitchen) are left alone.
+    """
+    model = getattr(env.unwrapped, "model", None)
+    if model is not None and MUJOCO_VERSION >= (3, 5) and np.ptp(model.geom_margin) == 0:
+        model.geom_margin *= 0.5
+
+
+def _make_d4rl(env, options):
+    """The environment of an original D4RL dataset or of built-in data, rebuilt on today's packages."""
+    family, kind = env.split("-")[:2]
+    if family == "antmaze":
+        horizon = 700 if kind == "umaze" else 1000
+        spec = EnvSpec(env, AntMaze, max_episode_steps=horizon, kwargs={"maze": kind})
+        return gymnasium.make(spec, **options)
+    if family == "pen":
+        _import_robotics(env)
+        return PenDrop(gymnasium.make("AdroitHandPen-v1", max_episode_steps=100, **options))
+    if family == "kitchen":
+        _import_robotics(env, kitchen=True)
+        noise = {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}  # D4RL's values
+        tasks = list(KITCHEN_TASKS[kind])
+        return KitchenVector(gymnasium.make("FrankaKitchen-v1", tasks_to_complete=tasks, **noise, **options))
+    return gymnasium.make(gymnasium.registry[GYM_IDS[family]], **options)  # the spec object: no deprecation notice
+
+
+def _import_robotics(env, kitchen=False):
+    """Register the environments of gymnasium-robotics, an optional package, or say what `env` lacks."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other Adroit tasks
+            import gymnasium_robotics
+    except ImportError:
+        raise UserError(f"{env} needs gymnasium-robotics: pip install gymnasium-robotics 'mujoco<3.12'") from None
+    if kitchen and MUJOCO_VERSION >= (3, 12):
+        raise UserError(f"{env} needs mujoco < 3.12 (found {mujoco.__version__}): pip install 'mujoco<3.12'")
+    gymnasium.register_envs(gymnasium_robotics)
+
+
+class AntMaze(gymnasium.Env):
+    """D4RL's antmaze (v0 and v2), rebuilt from Gymnasium's ant.xml.
+
+    The AntMaze of gymnasium-robotics cannot stand in: it has another gear, time step, frame and observation.
+    Observation [29]: position [15], of which the first two are x and y, then velocity [14]; the goal is not in it.
+    Reward 1 and end of the episode within 0.5 m of the goal, else 0. A new goal near the goal cell is drawn at every
+    reset. This is v2's rule; v0 drew one goal per environment object, which only makes its scores noisier.
+    """
+
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 10}
+    frame_skip = 5
+
+    def __init__(self, maze, render_mode=None):
+        walls, (goal_row, goal_col) = MAZES[maze]
+        contact = {"solref": [0.02, 1], "solimp": [0.8, 0.8, 0.01, 0.5, 2]}
+        assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+        spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
+        spec.option.timestep = 0.02
+        for geom in spec.geoms:
+            geom.solref, geom.solimp = contact["solref"], contact["solimp"]
+        for actuator in spec.actuators:
+            actuator.gear[0] = 30
+        for row, cells in enumerate(walls):
+            for col, cell in enumerate(cells):
+                if cell == "1":
+                    spec.worldbody.add_geom(
+                        type=mujoco.mjtGeom.mjGEOM_BOX,
+                        pos=[4 * (col - 1), 4 * (row - 1), 1],
+                        size=[2, 2, 1],
+                        contype=1,
+                        conaffinity=1,
+                        condim=3,
+                        margin=0.01,
+                        friction=[1, 0.5, 0.5],
+                        **contact,
+                    )
+        self.model = spec.compile()
+        self.data = mujoco.MjData(self.model)
+        self.goal_cell = np.array([4.0 * (goal_col - 1), 4.0 * (goal_row - 1)])
+        self.goal = self.goal_cell
+        self.render_mode = render_mode
+        self.renderer = MujocoRenderer(self.model, self.data, width=480, height=480) if render_mode else None
+        self.action_space = spaces.Box(-1.0, 1.0, (self.model.nu,), np.float32)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (self.model.nq + self.model.nv,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos += self.np_random.uniform(-0.1, 0.1, self.model.nq)
+        self.data.qvel = 0.1 * self.np_random.standard_normal(self.model.nv)
+        mujoco.mj_forward(self.model, self.data)
+        self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
+        return self._obs(), {}
+
+    def step(self, action):
+        self.data.ctrl = action
+        mujoco.mj_step(self.model, self.data, self.frame_skip)
+        success = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
+        return self._obs(), float(success), success, False, {"success": success}
+
+    def _obs(self):
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def render(self):
+        return self.renderer.render(self.render_mode)
+
+    def close(self):
+        if self.renderer:
+            self.renderer.close()
+
+
+class PenDrop(gymnasium.Wrapper):
+    """D4RL's pen ends when the pen is dropped: when obs[26], its height, is below 0.075 m."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, bool(terminated or obs[26] < 0.075), truncated, info
+
+
+class KitchenVector(gymnasium.ObservationWrapper):
+    """D4RL's kitchen observation [60]: robot position [9], object position [21], goal [30], zero where not asked for.
+
+    The reward is 1 for every subtask when it is first completed, so the return counts subtasks.
+    """
+
+    def __init__(self, env):
+        from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_INDICES
+
+        super().__init__(env)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (60,), np.float64)
+        self.goal = np.zeros(30)
+        for task, target in env.unwrapped.goal.items():
+            self.goal[OBS_ELEMENT_INDICES[task]] = target
+
+    def observation(self, obs):
+        state = obs["observation"]  # [59]: robot position 9 and velocity 9, object position 21 and velocity 20
+        return np.concatenate([state[:9], state[18:39], self.goal])
+
+
+def _open_minari(env):
+    """The local Minari dataset `env`, opened but not read."""
+    try:
+        return import_minari().load_dataset(env)
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"Minari dataset '{env}' cannot be opened: {error}") from None
+
+
+def _make_minari(env, options):
+    """The evaluation environment stored with a Minari dataset.
+
+    Two tasks were recorded with rewards that go on after success. They are judged by the flags below: AntMaze ends
+    with reward 1 at the goal, the kitchen pays once per subtask, so that returns are successes and subtasks.
+    """
+    dataset = _open_minari(env)
+    spec = dataset.env_spec
+    if spec is None:
+        raise UserError(f"Minari dataset '{env}' does not say which environment it was recorded in")
+    if str(spec.entry_point).startswith("gymnasium_robotics"):
+        _import_robotics(env, kitchen=spec.id.startswith("FrankaKitchen"))
+    if spec.id.startswith("AntMaze"):
+        options = {**options, "continuing_task": False}
+    if spec.id.startswith("FrankaKitchen"):
+        options = {**options, "remove_task_when_completed": True, "terminate_on_tasks_completed": True}
+    if spec.id.startswith("PointMaze"):  # recorded as one episode of a million steps
+        options = {**options, "max_episode_steps": gymnasium.registry[spec.id].max_episode_steps}
+    with warnings.catch_warnings():
+        # Published sets name the package versions of their recording; other versions are normal.
+        warnings.filterwarnings("ignore", "(Installed|Package) .*")
+        try:
+            return dataset.recover_environment(eval_env=True, **options)
+        except (gymnasium.error.Error, ImportError, TypeError) as error:
+            raise UserError(f"the environment of '{env}' ({spec.id}) cannot be made here: {error}") from None
+
+
+class Bandit(gymnasium.Env):
+    """One state, one step: observation [1] of zero, then the reward of the action, and the end.
+
+    `reward` maps actions [n, dim] to rewards [n], torch tensors both. Actions live in [-max_action, max_action] and are
+    not rescaled.
+    """
+
+    def __init__(self, reward, max_action=1.0, dim=2):
+        self.reward = reward
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.action_space = spaces.Box(-max_action, max_action, (dim,), np.float32)
+        self.original_action_space = self.action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        reward = self.reward(torch.as_tensor(action, dtype=torch.float32)[None])
+        return np.zeros(1, np.float32), float(reward[0]), True, False, {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+# MuJoCo steps without Python's lock, so threads help where a step is slow: on two idle cores AntMaze ran 1.6 times as
+# fast, Walker2d 1.4, Hopper 1.3; HalfCheetah (33 microseconds a step) and Pendulum got slower.
+THREADS_PAY_SECONDS = 60e-6
+MAX_THREADS = min(4, os.cpu_count() or 1)
+
+
+def score(env, returns):
+    """Normalised score(s), 0 for D4RL's random and 100 for its expert return; None where no reference exists.
+
+    `env` is a name that make_env takes, `returns` a raw return or an array of them. AntMaze: success x 100, kitchen:
+    25 per subtask. Minari: the references stored with the data, if any. For the built-in halfcheetah data and for
+    Gymnasium's own HalfCheetah, Hopper and Walker2d (any version) D4RL's numbers serve only as a familiar scale.
+    """
+    if is_minari(env) and env not in gymnasium.registry:
+        if env.startswith(("D4RL/antmaze/", "D4RL/kitchen/")):  # make_env gives them rewards of its own
+            reference = REFERENCE[env.split("/")[1]]
+        else:
+            metadata = _open_minari(env).storage.metadata
+            reference = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+    else:
+        reference = REFERENCE.get(env.split("-")[0].lower(), (None, None))
+    low, high = reference
+    if low is None or high is None:
+        return None
+    return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
+
+
+def evaluate(act, envs, seed):
+    """Raw undiscounted return [n] of exactly one episode in each of the n environments.
+
+    All episodes advance together, with one call of `act` per time step for those that still run: float32
+    observations [m, S] to actions [m, A], m <= n. Environment i is reset with seed + i. No global random generator is
+    touched. Raises RunError when `act` gives a wrong shape or a value that is not finite, or a return is not finite.
+    """
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [n, S]
+    actions = np.zeros((len(envs), *envs[0].action_space.shape), np.float32)  # [n, A]
+    returns = np.zeros(len(envs))
+    running = np.ones(len(envs), bool)
+    tick, threads = 0, 1
+    spent, steps = 0.0, 0  # seconds and environment steps so far, on one thread
+
+    def step(indices):
+        for i in indices:
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            returns[i] += reward
+            running[i] = not (terminated or truncated)
+
+    with ThreadPoolExecutor(MAX_THREADS) as pool:
+        while running.any():
+            live = np.flatnonzero(running)
+            answer = np.asarray(act(obs[live]))
+            expected = (len(live), *actions.shape[1:])
+            if answer.shape != expected:
+                raise RunError(f"the policy gave actions of shape {answer.shape}, not {expected}, at step {tick}")
+            finite = np.isfinite(answer).all(axis=1)
+            if not finite.all():
+                bad = live[~finite][0]
+                raise RunError(f"the policy gave an action that is not finite at step {tick} in environment {bad}")
+            actions[live] = answer
+            if tick == 50 and spent > THREADS_PAY_SECONDS * steps:
+                threads = min(MAX_THREADS, len(envs))
+            if threads == 1:
+                start = time.perf_counter()
+                step(live)
+                spent += time.perf_counter() - start
+                steps += len(live)
+            else:
+                list(pool.map(step, np.array_split(live, threads)))
+            tick += 1
+    broken = np.flatnonzero(~np.isfinite(returns))
+    if len(broken):
+        raise RunError(f"the simulation broke down: the return of environment {broken[0]} is not finite")
+    return returns
+
+
+def record_video(act, env, path, seed):
+    """Film one episode of the environment named `env` into the file `path` (.mp4) and return its raw return."""
+    if importlib.util.find_spec("moviepy") is None:
+        raise RunError("video needs moviepy: pip install moviepy")
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draw without a screen
+    film = make_env(env, render_mode="rgb_array")
+    try:
+        film.reset(seed=seed)
+        film.render()
+    except Exception as error:  # noqa: BLE001  every graphics library raises its own
+        raise RunError(
+            "video needs drawing without a screen (EGL, or OSMesa with MUJOCO_GL=osmesa; pygame for Pendulum), "
+            f"which failed: {error}"
+        ) from None
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        film = gymnasium.wrappers.RecordVideo(film, f"{folder}/video", episode_trigger=lambda episode: True)
+        returns = evaluate(act, [film], seed)
+        film.close()  # writes the file
+        os.replace(next(Path(folder).glob("video/*.mp4")), path)
+    return returns[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(Args, settings, proportional=(), doc=""):
+    """The settings of a run: command line, then `settings[env]` (the paper's table), then the defaults of `Args`.
+
+    An `env` that is not in the table gets the settings of its nearest relative, and a note says so. `proportional`
+    names the fields counted in updates that keep their proportion to `steps` when `--steps` is given and they are not.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--env", default=Args.env)
+    early.add_argument("--evaluate")
+    early, rest = early.parse_known_args()
+    if early.env == "help":
+        print(list_datasets())
+        sys.exit(0)
+    if early.evaluate:
+        table = saved_args(early.evaluate, Args)
+    elif early.env in settings:
+        table = settings[early.env] | dict(env=early.env)
+    else:
+        relative = nearest_settings(early.env, settings)
+        table = settings.get(relative, {}) | dict(env=early.env)
+        if not {"-h", "--help"} & set(rest):
+            print(f"note: the paper did not run {early.env}; using its settings of {relative or 'no particular set'}")
+    default = replace(Args(), **table)
+    args = tyro.cli(Args, default=default, description=doc.strip().split("\n\n")[0])
+    given = {token.split("=")[0].replace("_", "-") for token in rest}
+    for field in proportional:
+        if "--" + field.replace("_", "-") not in given:
+            setattr(args, field, round(getattr(default, field) * args.steps / default.steps))
+    check_args(args)
+    return args
+
+
+def nearest_settings(env, settings):
+    """The key of `settings` that shares most words with `env`; None where even the task differs."""
+
+    def words(name):
+        return set(re.split(r"[-/_]", name.lower()))
+
+    relatives = [key for key in settings if key.split("-")[0] in words(env)]
+    return max(
+        relatives, key=lambda key: len(words(key) & words(env)) - 0.1 * len(words(key) - words(env)), default=None
+    )
+
+
+def check_args(args):
+    lowest = dict(steps=1, batch_size=1, eval_every=1, eval_episodes=0, log_every=1, checkpoint_every=1)
+    for field, low in lowest.items():
+        if getattr(args, field) < low:
+            raise UserError(f"--{field.replace('_', '-')} must be at least {low}, found {getattr(args, field)}")
+    if not args.seed or len(set(args.seed)) < len(args.seed):
+        raise UserError(f"--seed takes one or more different integers, found {list(args.seed)}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device} cannot be used here: {reason(error)}") from None
+
+
+def cli(main):
+    """Run `main`. What a user can mend is one sentence on stderr and an exit code; a bug keeps its traceback."""
+    try:
+        main()
+    except UserError as error:
+        message, code = str(error), error.code
+    except KeyboardInterrupt:
+        message, code = "stopped by Ctrl-C", 130
+    except torch.OutOfMemoryError as error:
+        message, code = f"out of memory, try a smaller --batch-size or fewer seeds: {reason(error)}", 1
+    except OSError as error:
+        message, code = f"{error.strerror or error}: {error.filename or 'while reading or writing files'}", 1
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learners: metrics, state, saved policies, CUDA graphs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def reason(error):
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Metrics:
+    """Running means of scalar tensors, kept on the device so that an update never waits for it."""
+
+    def __init__(self):
+        self.sums = {}  # names of one `add` -> their sums and, last, how often it was called
+
+    @torch.no_grad()
+    def add(self, **values):
+        names, row = tuple(values), torch.stack(list(values.values()))
+        if names not in self.sums:
+            self.sums[names] = row.new_zeros(len(names) + 1)
+        self.sums[names][:-1].add_(row)
+        self.sums[names][-1].add_(1)
+
+    def read(self):
+        """The means since the last call, as a dict of floats; this waits for the device."""
+        means = {}
+        for names, sums in self.sums.items():
+            *totals, count = sums.tolist()
+            if count:
+                means.update({name: total / count for name, total in zip(names, totals)})
+            sums.zero_()
+        return means
+
+
+def get_state(parts):
+    """What a checkpoint keeps of a learner's parts: modules, optimisers, generators, tensors."""
+    state = {}
+    for name, part in parts.items():
+        if isinstance(part, torch.Generator):
+            state[name] = part.get_state()
+        else:
+            state[name] = part.detach().clone() if isinstance(part, torch.Tensor) else part.state_dict()
+    return state
+
+
+def set_state(parts, state):
+    """The inverse of `get_state`; before `capture`, because optimisers allocate new tensors when they load."""
+    for name, part in parts.items():
+        if isinstance(part, torch.Generator):
+            part.set_state(state[name].cpu())
+        elif isinstance(part, torch.Tensor):
+            part.data.copy_(state[name])
+        else:
+            part.load_state_dict(state[name])
+
+
+def load_checkpoint(folder, device="cpu"):
+    """The checkpoint of the run in `folder`, a dict with `learner`, `phase`, `step`, `dims` and the run's books."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise UserError(f"{folder} holds no checkpoint.pt; name the folder of a run, such as runs/dtql/<env>/seed0")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise RunError(f"{path} cannot be read, the file may be damaged: {reason(error)}") from None
+
+
+def saved_args(folder, Args):
+    """The settings that the run in `folder` was made with, as a dict of fields of `Args`."""
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())["args"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json") from None
+    names = {field.name for field in fields(Args)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in names}
+
+
+def load_policy(Learner, Args, folder, device="cpu"):
+    """A trained policy: a function from observations [n, S] to actions [n, A] in [-1, 1], numpy arrays both."""
+    checkpoint = load_checkpoint(folder, device)
+    args = replace(Args(), **saved_args(folder, Args) | dict(device=device))
+    learner = Learner(args, SimpleNamespace(**checkpoint["dims"]), args.seed[0])
+    set_state(learner.state, checkpoint["learner"])
+    return policy_of(learner)
+
+
+def policy_of(learner):
+    """`learner.act` from numpy to numpy; its random draws are its own, so that acting leaves training alone."""
+    device = learner.generator.device
+    generator = torch.Generator(device).manual_seed(0)
+
+    def act(obs):
+        with torch.no_grad():
+            return learner.act(torch.as_tensor(obs, dtype=torch.float32, device=device), generator).cpu().numpy()
+
+    return act
+
+
+def evaluate_run(args, Learner):
+    """`--evaluate RUN`: score a saved policy once more, with as many episodes as asked and, with --video, a film."""
+    act = load_policy(Learner, type(args), args.evaluate, args.device)
+    envs = [make_env(args.env) for _ in range(max(args.eval_episodes, 1))]
+    returns = evaluate(act, envs, seed=evaluation_seed(args.seed[0]))
+    print(f"{args.evaluate}: {describe(args.env, returns)}")
+    if args.video:
+        film = Path(args.evaluate) / "video.mp4"
+        value = record_video(act, args.env, film, seed=evaluation_seed(args.seed[0]))
+        print(f"video of the first episode (return {value:.1f}): {film}")
+
+
+def evaluation_seed(seed):
+    """Episode i of every evaluation of a run starts from seed `1000 * seed + 100 + i`."""
+    return 1000 * seed + 100
+
+
+def describe(env, returns):
+    text = f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
+    scores = score(env, returns)
+    return text if scores is None else f"{text} | D4RL score {np.mean(scores):.1f} ± {np.std(scores):.1f}"
+
+
+def capture(learners, phase):
+    """A function that performs `learner.<phase>()` for every learner.
+
+    On CUDA each learner's update is recorded once as a CUDA graph and replayed on a stream of its own. Recording needs
+    three warm-up updates, which are taken back, so that a captured run equals a plain one.
+    """
+    updates = [getattr(learner, phase) for learner in learners]
+    if learners[0].generator.device.type != "cuda":
+        return lambda: [update() for update in updates]
+    replays = []
+    for learner, update in zip(learners, updates):
+        before = copy.deepcopy(get_state(learner.state))
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                update()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph.register_generator_state(learner.generator)
+        with torch.cuda.graph(graph, stream=stream):
+            update()
+        take_back(learner, before)
+        replays.append((stream, graph))
+    torch.cuda.synchronize()
+
+    def step():
+        for stream, graph in replays:
+            with torch.cuda.stream(stream):
+                graph.replay()
+
+    return step
+
+
+def take_back(learner, before):
+    """Restore a learner in place, because a CUDA graph knows tensors by their address."""
+    for name, part in learner.state.items():
+        if isinstance(part, torch.optim.Optimizer):
+            for index, slots in enumerate(part.state[p] for group in part.param_groups for p in group["params"]):
+                for key, value in slots.items():
+                    value.copy_(before[name]["state"].get(index, {}).get(key, torch.zeros_like(value)))
+        else:
+            set_state({name: part}, before)
+    learner.metrics.read()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs: folders, logs, curves, checkpoints, resume
+# ----------------------------------------------------------------------------------------------------------------------
+
+FREE_SETTINGS = {"seed", "device", "out", "resume", "data_path", "evaluate", "video", "wandb"}  # may differ on --resume
+FREE_SETTINGS |= {"eval_every", "eval_episodes", "log_every", "checkpoint_every"}
+
+
+class Run:
+    """Keeps the books of one training run with one or more seeds: progress, logs, evaluation, checkpoints, resume.
+
+    learners: one per seed, each with `state` (name -> module, optimiser, generator or tensor: all that a checkpoint
+    holds), `generator`, `metrics` (a Metrics) and `act(obs [n, S], generator) -> action [n, A]`.
+    published, protocol: the paper's score on this dataset and how it was measured.
+    """
+
+    def __init__(self, args, learners, data, script, published=None, protocol=""):
+        self.args, self.learners, self.data, self.script = args, learners, data, Path(script)
+        self.published = None if args.data_path else published
+        self.protocol = protocol
+        self.envs = None
+        self.phase, self.step, self.done = "", 0, []  # where the run is; which phases are finished
+        self.speed = {}  # phase -> [updates, seconds spent on them]
+        self.seconds = 0.0
+        self.rows = [[] for _ in learners]  # what stands in metrics.csv
+        name = args.env.replace("/", "-") + (f"@{Path(args.data_path).stem}" if args.data_path else "")
+        self.root = Path(args.out) / self.script.stem / name
+        self.folders = [self.root / f"seed{seed}" for seed in args.seed]
+        if not (args.resume and self.restore()):
+            self.open_folders()
+        self.writers = [SummaryWriter(str(folder), purge_step=self.step) for folder in self.folders]
+        self.wandb = (
+            [start_wandb(args, folder, seed) for folder, seed in zip(self.folders, args.seed)] if args.wandb else []
+        )
+        self.start = time.monotonic() - self.seconds
+        self.stop = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        if self.stop:  # asked twice
+            raise KeyboardInterrupt
+        self.stop = number
+
+    def open_folders(self):
+        """New folders; an earlier run in the same place is moved aside, never overwritten."""
+        args = self.args
+        versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium)}
+        versions |= dict(python=platform.python_version(), mujoco=mujoco.__version__)
+        device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.processor()
+        for folder, seed in zip(self.folders, args.seed):
+            if folder.exists():
+                aside = next(
+                    p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.old{n}")).exists()
+                )
+                folder.rename(aside)
+                print(f"note: the earlier run in {folder} is now {aside} (--resume would have continued it)")
+            folder.mkdir(parents=True)
+            about = dict(
+                args=asdict(args) | dict(seed=[seed]), versions=versions, device=device, git=git_commit(self.script)
+            )
+            write_text(folder / "args.json", json.dumps(about, indent=2))
+            shutil.copy(self.script, folder)
+
+    def restore(self):
+        """Continue from the checkpoints in the run folders; False if there are none."""
+        found = [(folder / "checkpoint.pt").exists() for folder in self.folders]
+        if not any(found):
+            print(f"note: no checkpoint to resume in {self.root}; starting from the beginning")
+            return False
+        if not all(found):
+            raise UserError(f"{self.folders[found.index(False)]} holds no checkpoint; resume each seed on its own")
+        checkpoints = [load_checkpoint(folder, self.args.device) for folder in self.folders]
+        if len({(c["phase"], c["step"]) for c in checkpoints}) > 1:
+            raise UserError(f"the seeds in {self.root} stand at different updates; resume each seed on its own")
+        for folder, learner, checkpoint in zip(self.folders, self.learners, checkpoints):
+            now = asdict(self.args)
+            changed = [
+                f"--{name.replace('_', '-')} was {old}"
+                for name, old in saved_args(folder, type(self.args)).items()
+                if name not in FREE_SETTINGS and old != now[name]
+            ]
+            if changed:
+                raise UserError(f"cannot resume {folder} with other settings: {', '.join(changed)}; use another --out")
+            set_state(learner.state, checkpoint["learner"])
+        self.phase, self.step, self.done = checkpoints[0]["phase"], checkpoints[0]["step"], checkpoints[0]["done"]
+        self.speed, self.seconds = checkpoints[0]["speed"], checkpoints[0]["seconds"]
+        for rows, folder in zip(self.rows, self.folders):
+            rows += [
+                row
+                for row in read_csv(folder / "metrics.csv")
+                if row["phase"] in self.done or (row["phase"] == self.phase and row["step"] <= self.step)
+            ]
+        print(f"resuming {self.root} at {self.phase} update {self.step:,}")
+        return True
+
+    def updates(self, phase, steps, stride=1, evaluate=False, at_end=None):
+        """Yield once for every `stride` updates of a phase; in between log, evaluate, save and watch for signals.
+
+        A phase that a resumed run has finished yields nothing. `at_end` is called once, when the phase is complete.
+        """
+        if phase in self.done:
+            return
+        if phase != self.phase:
+            self.phase, self.step = phase, 0
+        args, steps = self.args, -(-steps // stride) * stride
+        self.bar = tqdm(total=steps, initial=self.step, desc=phase, unit="update", disable=not sys.stderr.isatty())
+        self.printed, self.clock, self.clock_step = time.monotonic(), time.monotonic(), self.step
+        while self.step < steps:
+            yield
+            before, self.step = self.step, self.step + stride
+            self.bar.update(stride)
+            last = self.step == steps
+            due = {
+                every: last or self.step // every > before // every
+                for every in (args.log_every, args.eval_every, args.checkpoint_every)
+            }
+            evaluating = evaluate and due[args.eval_every] and args.eval_episodes > 0
+            saving = due[args.checkpoint_every] or evaluating or self.stop
+            if due[args.log_every] or saving:
+                self.record(steps, evaluating)
+            if last:
+                self.done.append(phase)
+                if at_end:
+                    at_end()
+            if saving:
+                self.save()
+            if self.stop:
+                self.bar.close()
+                print(f"stopped at {phase} update {self.step:,} of {steps:,}; --resume continues", file=sys.stderr)
+                sys.exit(128 + self.stop)
+        self.bar.close()
+        if not steps:
+            self.done.append(phase)
+
+    def record(self, steps, evaluating):
+        """One row of metrics.csv and TensorBoard per seed, and a line on the terminal."""
+        metrics = [learner.metrics.read() for learner in self.learners]  # waits for the device
+        now, count = time.monotonic(), self.step - self.clock_step
+        totals = self.speed.setdefault(self.phase, [0, 0.0])
+        totals[0], totals[1] = totals[0] + count, totals[1] + now - self.clock
+        rate = count / max(now - self.clock, 1e-9)
+        for seed, values in zip(self.args.seed, metrics):
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise RunError(
+                        f"{name} became {value} before {self.phase} update {self.step:,} of seed {seed}; "
+                        f"the last checkpoint in {self.root} is from before that"
+                    )
+        for i, (learner, values) in enumerate(zip(self.learners, metrics)):
+            row = dict(phase=self.phase, step=self.step, seconds=round(now - self.start, 1), updates_per_second=rate)
+            if evaluating:
+                row |= self.evaluate(learner, self.args.seed[i])
+            self.write_row(i, row | values)
+        if evaluating:
+            self.draw()
+        self.show(steps, rate, metrics, evaluating)
+        self.clock, self.clock_step = time.monotonic(), self.step
+
+    def evaluate(self, learner, seed):
+        if self.envs is None:
+            self.envs = [self.data.make_env() for _ in range(self.args.eval_episodes)]
+        returns = evaluate(policy_of(learner), self.envs, seed=evaluation_seed(seed))
+        scores = score(self.args.env, returns)
+        row = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
+        return row if scores is None else row | {"score": float(np.mean(scores))}
+
+    def write_row(self, i, row):
+        path, rows = self.folders[i] / "metrics.csv", self.rows[i]
+        known = list(dict.fromkeys(name for old in rows for name in old))
+        rows.append(row)
+        if set(row) <= set(known) and path.exists():
+            with open(path, "a", newline="") as file:
+                csv.DictWriter(file, known).writerow(row)
+        else:  # a new column: write the file again with a longer header
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, list(dict.fromkeys(known + list(row))))
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(path, text.getvalue())
+        numbers = {f"{self.phase}/{name}": value for name, value in row.items() if name not in ("phase", "step")}
+        for name, value in numbers.items():
+            self.writers[i].add_scalar(name, value, self.step)
+        if self.wandb:
+            self.wandb[i].log(numbers | {f"{self.phase}/step": self.step})
+
+    def show(self, steps, rate, metrics, evaluating):
+        latest = [next((row for row in reversed(rows) if "return" in row), None) for rows in self.rows]
+        text = ""
+        if all(latest):
+            text = f"return {np.mean([row['return'] for row in latest]):.1f}"
+            if "score" in latest[0]:
+                text += f", score {np.mean([row['score'] for row in latest]):.1f}"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and (evaluating or self.step == steps or time.monotonic() - self.printed > 10):
+            self.printed = time.monotonic()
+            left = time.strftime("%H:%M:%S", time.gmtime((steps - self.step) / rate))
+            losses = ", ".join(f"{name} {value:.3g}" for name, value in list(metrics[0].items())[:4])
+            print(
+                f"{self.phase} {self.step:,}/{steps:,} | {rate:.0f} updates/s, {left} left | {losses}"
+                + (f" | {text}" if text else ""),
+                flush=True,
+            )
+
+    def save(self):
+        """Checkpoints of all seeds: written beside the old ones first, then renamed, so that a kill costs nothing."""
+        self.seconds = time.monotonic() - self.start
+        dims = {name: getattr(self.data, name) for name in ("obs_dim", "action_dim", "max_action")}
+        books = dict(
+            phase=self.phase, step=self.step, done=self.done, speed=self.speed, seconds=self.seconds, dims=dims
+        )
+        parts = [folder / "checkpoint.pt.part" for folder in self.folders]
+        try:
+            for part, learner in zip(parts, self.learners):
+                torch.save(books | dict(learner=get_state(learner.state)), part)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            for part in parts:
+                part.unlink(missing_ok=True)
+            raise RunError(
+                f"no checkpoint could be written in {self.root} (disk full?): {reason(error)}; older ones are kept"
+            ) from None
+        for part in parts:
+            part.replace(part.with_suffix(""))
+
+    def draw(self):
+        """curve.png of each seed and, with several, one with their mean and band."""
+        curves = [[row for row in rows if "return" in row] for rows in self.rows]
+        key = "score" if curves[0] and "score" in curves[0][0] else "return"
+        for folder, rows in zip(self.folders, self.rows):
+            draw_curve(folder / "curve.png", [rows], key, self)
+        if len(self.folders) > 1:
+            draw_curve(self.root / "curve.png", self.rows, key, self)
+
+    def finish(self):
+        """summary.json of each seed (and of all), the last curve, and the closing lines."""
+        self.seconds = time.monotonic() - self.start
+        summaries = [self.summarise(rows, seed) for rows, seed in zip(self.rows, self.args.seed)]
+        for folder, summary in zip(self.folders, summaries):
+            write_text(folder / "summary.json", json.dumps(summary, indent=2))
+        if any("return" in row for row in self.rows[0]):
+            self.draw()
+        if len(summaries) > 1:
+            write_text(self.root / "summary.json", json.dumps(across_seeds(summaries), indent=2))
+        for summary in summaries:
+            print_summary(summary)
+        behavior = self.data.episode_returns
+        if len(behavior):
+            mean, best = np.mean(behavior), np.max(behavior)
+            print(f"data        return {mean:.1f} on average over {len(behavior)} episodes, best {best:.1f}")
+        if self.published is not None:
+            print(f"paper       score {self.published} ({self.protocol})")
+        rates = ", ".join(
+            f"{phase} {updates / max(seconds, 1e-9):.0f}" for phase, (updates, seconds) in self.speed.items()
+        )
+        print(f"speed       {rates} updates/s; {self.seconds / 60:.1f} minutes in all")
+        print(f"files       {self.root if len(summaries) > 1 else self.folders[0]}")
+        for writer in self.writers:
+            writer.close()
+        for run in self.wandb:
+            run.finish()
+
+    def summarise(self, rows, seed):
+        args, evaluated = self.args, [row for row in rows if "return" in row]
+        summary = dict(script=self.script.name, env=args.env, data_path=args.data_path, seed=seed, steps=args.steps)
+        for key in ("return", "score"):
+            values = [row[key] for row in evaluated if key in row]
+            if values:
+                summary[key] = dict(last=values[-1], last_five=float(np.mean(values[-5:])), best=max(values))
+        rates = {phase: updates / max(seconds, 1e-9) for phase, (updates, seconds) in self.speed.items()}
+        summary |= dict(evaluations=len(evaluated), episodes=args.eval_episodes, paper_score=self.published)
+        return summary | dict(
+            protocol=self.protocol, updates_per_second=rates, seconds=self.seconds, device=args.device
+        )
+
+
+def print_summary(summary):
+    for key, title in (("last", "last"), ("last_five", "last five"), ("best", "best")):
+        if "return" in summary:
+            text = f"return {summary['return'][key]:.1f}"
+            text += f" | D4RL score {summary['score'][key]:.1f}" if "score" in summary else ""
+            print(f"{title:<11} {text}  (seed {summary['seed']}, {summary['episodes']} episodes each)")
+
+
+def across_seeds(summaries):
+    """Mean, standard deviation, standard error and interquartile mean (95 % bootstrap interval) over seeds."""
+    result = dict(summaries[0], seed=[summary["seed"] for summary in summaries])
+    for key in ("return", "score"):
+        if key in summaries[0]:
+            result[key] = {}
+            for when in summaries[0][key]:
+                values = np.array([summary[key][when] for summary in summaries])
+                resampled = np.random.default_rng(0).choice(values, (2000, len(values)))
+                low, high = np.percentile([interquartile_mean(sample) for sample in resampled], [2.5, 97.5])
+                result[key][when] = dict(
+                    mean=values.mean(),
+                    std=values.std(ddof=1),
+                    stderr=values.std(ddof=1) / len(values) ** 0.5,
+                    iqm=interquartile_mean(values),
+                    iqm_low=low,
+                    iqm_high=high,
+                    seeds=values.tolist(),
+                )
+    return result
+
+
+def interquartile_mean(values):
+    """Mean of the middle half of the values."""
+    cut = len(values) // 4
+    return float(np.sort(values)[cut : len(values) - cut].mean())
+
+
+def draw_curve(path, rows_of_seeds, key, run):
+    """Score over updates, with the data's and the paper's level, beside the losses; a line per seed and their mean."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    curves = [[(row["step"], row[key]) for row in rows if key in row] for rows in rows_of_seeds]
+    for curve in curves:
+        left.plot(*zip(*curve), ".-", color="C0", alpha=1 if len(curves) == 1 else 0.3, label="one seed")
+    if len(curves) > 1:
+        values = np.array([[value for _, value in curve] for curve in curves])
+        steps, mean, std = [step for step, _ in curves[0]], values.mean(0), values.std(0, ddof=1)
+        left.plot(steps, mean, color="C0", label=f"mean of {len(curves)} seeds")
+        left.fill_between(steps, mean - std, mean + std, color="C0", alpha=0.2, label="± one standard deviation")
+    if len(run.data.episode_returns):
+        behavior = run.data.episode_returns if key == "return" else score(run.args.env, run.data.episode_returns)
+        left.axhline(np.mean(behavior), color="grey", linestyle="--", label="behaviour in the data")
+    if run.published is not None and key == "score":
+        left.axhline(float(str(run.published).split()[0]), color="C3", linestyle=":", label="paper")
+    left.set(xlabel=f"{run.phase} updates", ylabel="D4RL score" if key == "score" else "return", title=run.root.name)
+    left.legend(fontsize=8)
+    for name in dict.fromkeys(name for row in rows_of_seeds[0] for name in row if name.endswith("_loss")):
+        points = [(row["step"], row[name]) for row in rows_of_seeds[0] if row["phase"] == run.phase and name in row]
+        if points:
+            right.plot(*zip(*points), label=name)
+    right.set(xlabel=f"{run.phase} updates", title="losses", yscale="symlog")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def save_figure(path, *draw, size=4.5):
+    """A PNG with one square panel for each function in `draw`, which is given its axes."""
+    figure, axes = plt.subplots(1, len(draw), figsize=(size * len(draw), size), layout="constrained", squeeze=False)
+    for panel, function in zip(axes[0], draw):
+        function(panel)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def read_csv(path):
+    """Rows of a metrics.csv with numbers as floats, empty cells left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = [{name: text for name, text in row.items() if text} for row in csv.DictReader(file)]
+    return [{name: text if name == "phase" else float(text) for name, text in row.items()} for row in rows]
+
+
+def write_text(path, text):
+    """Write a whole file or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def git_commit(script):
+    """The commit that `script` stands in, None outside a repository."""
+    command = ["git", "-C", str(script.resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def start_wandb(args, folder, seed):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the wandb package: pip install wandb") from None
+    name = f"{folder.parent.parent.name} {args.env} seed {seed}"
+    return wandb.init(
+        project="offline-rl", name=name, dir=folder, config=asdict(args) | dict(seed=seed), reinit="create_new"
+    )

@@ -1,0 +1,7 @@
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # built-in data are cached here, not in the user's folder
+sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -1,0 +1,471 @@
+"""Datasets: transition rules, readers, packing, checks, built-in data."""
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import gymnasium
+import h5py
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+
+HOPPER = "hopper-medium-v2"
+
+
+def plain_env(name):
+    """Just enough of make_env for the data alone."""
+    family = name.split("-")[0]
+    names = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "pendulum": "Pendulum-v1"}
+    env = gymnasium.make(gymnasium.spec(names.get(family, name if name in gymnasium.registry else "Pendulum-v1")))
+    box = env.action_space
+    if isinstance(env.observation_space, gymnasium.spaces.Dict):
+        env = gymnasium.wrappers.FlattenObservation(env)
+    env.original_action_space = box
+    return env
+
+
+def arrays(n=500, obs_dim=11, action_dim=3, limit=100, seed=0, terminal_rate=0.02):
+    """Random time-ordered data with exclusive flags."""
+    rng = np.random.default_rng(seed)
+    terminal = rng.random(n) < terminal_rate
+    timeout = np.zeros(n, bool)
+    timeout[limit - 1 :: limit] = True
+    timeout &= ~terminal
+    return {
+        "observations": rng.standard_normal((n, obs_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
+        "rewards": rng.standard_normal(n).astype(np.float32),
+        "terminals": terminal,
+        "timeouts": timeout,
+    }
+
+
+def write(path, data):
+    if path.suffix == ".npz":
+        np.savez(path, **data)
+    else:
+        with h5py.File(path, "w") as file:
+            for key, value in data.items():
+                file[key] = value
+    return str(path)
+
+
+def by_loop(raw):
+    """The published rule, written as a loop over the rows."""
+    rows = []
+    for i in range(len(raw["rewards"]) - 1):
+        if not raw["timeouts"][i]:
+            o, a = raw["observations"], raw["actions"]
+            rows.append([*o[i], *a[i], raw["rewards"][i], *o[i + 1], *a[i + 1], float(raw["terminals"][i])])
+    return np.array(rows, np.float32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rule_equals_plain_loop(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    raw = arrays(n=int(rng.integers(20, 300)), limit=int(rng.integers(2, 20)), seed=seed, terminal_rate=rng.random())
+    data = common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", raw))
+    np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
+
+
+@pytest.mark.parametrize("n, limit, expected", [(10000, 10, 9000), (2020, 10, 1818)])
+def test_row_counts(tmp_path, n, limit, expected):
+    raw = arrays(n=n, limit=limit, terminal_rate=0.0)
+    assert len(common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", raw))) == expected
+
+
+def test_last_row_is_dropped_even_if_terminal(tmp_path):
+    raw = arrays(n=10, limit=100, terminal_rate=0.0)
+    raw["terminals"][9] = True
+    data = common.load_dataset(HOPPER, write(tmp_path / "x.npz", raw))
+    assert len(data) == 9 and data.terminal.sum() == 0 and len(data.episode_returns) == 1
+
+
+def test_boundaries(tmp_path):
+    """Rows 0-3 end in a terminal, 4-6 in a time limit, 7-9 are cut."""
+    raw = arrays(n=10, limit=100, terminal_rate=0.0)
+    raw["terminals"][3] = raw["timeouts"][6] = True
+    data = common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", raw))
+    assert data.episode.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert data.step.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
+    assert data.terminal.tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    kept = [0, 1, 2, 3, 4, 5, 7, 8]
+    np.testing.assert_array_equal(data.next_action, raw["actions"][[i + 1 for i in kept]])
+    np.testing.assert_array_equal(data.next_obs, raw["observations"][[i + 1 for i in kept]])
+    np.testing.assert_allclose(data.episode_returns, [raw["rewards"][:4].sum(), raw["rewards"][4:7].sum()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+def test_odd_types(tmp_path, suffix):
+    """float64, column vectors and float flags give the same transitions."""
+    raw = arrays(seed=3)
+    odd = {key: value.astype(np.float64) for key, value in raw.items()}
+    odd = {key: value[:, None] if value.ndim == 1 else value for key, value in odd.items()}
+    data = common.load_dataset(HOPPER, write(tmp_path / f"x{suffix}", odd))
+    np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
+
+
+def test_own_short_names(tmp_path):
+    raw = arrays()
+    short = {short: raw[long] for short, long in common.KEYS.items() if long in raw}
+    data = common.load_dataset("Hopper-v4", write(tmp_path / "x.npz", short))
+    np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
+    assert (data.name, data.obs_dim, data.action_dim, data.max_action) == ("Hopper-v4", 11, 3, 1.0)
+
+
+def test_timeout_rule(tmp_path):
+    raw = arrays()
+
+    def every_seven(terminal):
+        assert terminal.dtype == bool and terminal.shape == (500,)
+        return np.arange(len(terminal)) % 7 == 6
+
+    data = common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", raw), timeout_rule=every_seven)
+    raw["timeouts"] = every_seven(raw["terminals"])
+    np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
+
+
+@pytest.mark.parametrize("has_next", [True, False])
+def test_true_next_obs(tmp_path, has_next):
+    raw = arrays()
+    expected = by_loop(raw)
+    truth = raw["observations"] + 5
+    if has_next:
+        raw["next_observations"] = truth
+    path = write(tmp_path / "x.hdf5", raw)
+    data = common.load_dataset(HOPPER, path, true_next_obs=True)
+    kept = np.flatnonzero(~raw["timeouts"])
+    kept = kept[kept < 499]
+    over = raw["terminals"][kept]
+    assert over.any()
+    expected[over, 15:26] = (truth if has_next else raw["observations"])[kept[over]]
+    np.testing.assert_array_equal(data.rows.numpy(), expected)
+    raw.pop("next_observations", None)
+    np.testing.assert_array_equal(common.load_dataset(HOPPER, path).rows.numpy(), by_loop(raw))
+
+
+def counter_by_loop(terminal, horizon):
+    """The step counter of the published function, row by row."""
+    timeout, step = [], 0
+    for done in terminal:
+        cut = step == horizon - 1
+        timeout.append(cut)
+        step = 0 if cut else (1 if done else step + 1)
+    return timeout
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_horizon_counter(seed):
+    rng = np.random.default_rng(seed)
+    terminal = rng.random(200) < rng.choice([0.0, 0.05, 0.3])
+    horizon = int(rng.integers(2, 40))
+    assert common.count_timeouts(terminal, horizon).tolist() == counter_by_loop(terminal, horizon)
+
+
+def test_no_timeouts_uses_counter_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "make_env", lambda env: plain_env("Hopper-v4"))
+    raw = arrays(n=700, terminal_rate=0.0)
+    del raw["timeouts"]
+    data = common.load_dataset("kitchen-mixed-v0", write(tmp_path / "x.hdf5", raw))
+    assert "every 280 steps (2 complete episodes)" in capsys.readouterr().out
+    assert len(data) == 700 - 2 - 1
+
+
+def test_actions_are_rescaled(tmp_path):
+    raw = arrays(obs_dim=3, action_dim=1)
+    raw["actions"] *= 2.0005  # a hair outside, as rounding does
+    data = common.load_dataset("Pendulum-v1", write(tmp_path / "x.npz", raw))
+    np.testing.assert_allclose(data.action, np.clip(by_loop(raw)[:, 3:4] / 2, -1, 1), atol=1e-6)
+    assert data.action.abs().max() <= 1
+
+
+def test_views_and_sample(tmp_path):
+    data = common.load_dataset(HOPPER, write(tmp_path / "x.npz", arrays()))
+    before = data.reward.clone()
+    data.reward.sub_(1)
+    torch.testing.assert_close(data.reward, before - 1)
+    torch.testing.assert_close(data.rows[:, 14], before - 1)
+    batch = data.to("cpu").sample(64, torch.Generator().manual_seed(0))
+    index = torch.randint(len(data), (64,), generator=torch.Generator().manual_seed(0))
+    for name in common.Batch._fields:
+        assert torch.equal(getattr(batch, name), getattr(data, name)[index]), name
+    assert batch.obs.shape == (64, 11) and batch.reward.shape == (64,) and batch.terminal.dtype == torch.float32
+
+
+def test_from_arrays_one_step_episodes():
+    rng = np.random.default_rng(0)
+    obs, action = np.zeros((50, 1), np.float32), rng.uniform(-2, 2, (50, 2)).astype(np.float32)
+    reward, flags = rng.random(50).astype(np.float32), np.ones(50, bool)
+    data = common.Dataset.from_arrays("b", obs, action, reward, flags, ~flags, None, next_obs=obs, max_action=2.0)
+    assert len(data) == 50 and data.terminal.all() and not data.step.any() and data.max_action == 2.0
+    np.testing.assert_array_equal(data.action, action)
+    np.testing.assert_allclose(data.episode_returns, reward)
+
+
+def broken(key, change):
+    def apply(raw):
+        raw[key] = change(raw[key])
+
+    return apply
+
+
+def with_nan(value):
+    value[[7, 9], 1] = np.nan
+    return value
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda raw: raw.pop("rewards"), "no rewards; found actions"),
+        (broken("actions", lambda a: a[:-1]), "different lengths: observations 500, actions 499"),
+        (broken("observations", lambda o: o[:, :9]), r"observations: expected shape \[N, 11\], found \[500, 9\]"),
+        (broken("actions", lambda a: a[:, :2]), r"actions: expected shape \[N, 3\], found \[500, 2\]"),
+        (broken("rewards", lambda r: np.stack([r, r], 1)), r"rewards: expected shape \(500,\), found \(500, 2\)"),
+        (broken("observations", with_nan), "observations has NaN or infinite values in 2 rows, the first is 7"),
+        (broken("rewards", lambda r: r / 0.0), "rewards has NaN or infinite values in 500 rows, the first is 0"),
+        (broken("actions", lambda a: a * 3), r"actions must be in \[-1, 1\], found \[-[23]\..*another environment"),
+        (lambda raw: raw.pop("timeouts"), "no timeouts"),
+        (lambda raw: [raw["terminals"].fill(0), raw["timeouts"].fill(0)], "no complete episode"),
+        (lambda raw: raw["timeouts"].fill(1), "no transition is left"),
+        (lambda raw: raw.update({key: value[:0] for key, value in raw.items()}), "data are empty, found 0 rows"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_bad_data(tmp_path, damage, words):
+    raw = arrays()
+    damage(raw)
+    with pytest.raises(common.UserError, match=words) as error:
+        common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", raw))
+    assert "\n" not in str(error.value) and error.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "name, content, words, code",
+    [
+        ("x.hdf5", b"", "is empty", 1),
+        ("x.npz", b"", "is empty", 1),
+        ("x.hdf5", b"<html>sorry</html>", "not a complete HDF5 file", 1),
+        ("x.npz", b"PK nonsense", "cannot read", 1),
+        ("x.hdf5", None, "no such file", 2),
+    ],
+)
+def test_bad_files(tmp_path, name, content, words, code):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(common.UserError, match=words) as error:
+        common.load_dataset(HOPPER, str(tmp_path / name))
+    assert error.value.code == code
+
+
+@pytest.mark.parametrize(
+    "slip, name",
+    [
+        ("Hopper-medium-v2", "hopper-medium-v2"),
+        ("hopper_medium-v2", "hopper-medium-v2"),
+        ("hopper-medium", "hopper-medium-v2"),
+        ("hopper-medium-v0", "hopper-medium-v2"),
+        ("walker2d-medum-replay-v2", "walker2d-medium-replay-v2"),
+        ("antmaze-umaze", "antmaze-umaze-v0 or antmaze-umaze-v2"),
+        ("pendulum-medium", "pendulum-demo-medium"),
+    ],
+)
+def test_unknown_name(slip, name):
+    with pytest.raises(common.UserError, match=f"(did you mean|or) {name}.*--env help"):
+        common.load_dataset(slip)
+
+
+def test_environment_without_data():
+    with pytest.raises(common.UserError, match="is an environment, not a dataset.*--data-path"):
+        common.load_dataset("Hopper-v4")
+
+
+def test_wrong_judge(tmp_path):
+    path = write(tmp_path / "hopper_medium-v2.hdf5", arrays())
+    with pytest.raises(common.UserError, match="--env hopper-medium-v2"):
+        common.load_dataset("Hopper-v5", path)
+    assert len(common.load_dataset("Hopper-v4", path)) == len(common.load_dataset(HOPPER, path))
+
+
+def test_facts():
+    assert len(common.DATASETS) == 18 + 12 + 3 + 3
+    base = "ant_maze_new/Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse.hdf5"
+    assert common.DATASETS["antmaze-medium-play-v0"].path == base
+    fixed = "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"
+    assert common.DATASETS["antmaze-umaze-v2"].path == fixed
+    replay = common.DATASETS["hopper-medium-replay-v2"]
+    assert replay.path == "gym_mujoco_v2/hopper_medium_replay-v2.hdf5" and replay.sizes == (75854457, 77251678)
+    assert common.DATASETS["pen-human-v1"].path == "hand_dapg_v1/pen-human-v1.hdf5"
+    assert all(len(source.sha256) in (0, 64) for source in common.DATASETS.values())
+    assert all(name in common.list_datasets() for name in [*common.DATASETS, *common.BUILT_IN])
+
+
+# Minari
+
+
+class Toy(gymnasium.Env):
+    """Only its spaces matter: observations are a nested dictionary."""
+
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "b": gymnasium.spaces.Box(-9e3, 9e3, (2,), np.float64),
+            "a": gymnasium.spaces.Dict({"y": gymnasium.spaces.Box(-9e3, 9e3, (1,), np.float64)}),
+        }
+    )
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+
+gymnasium.register("DictToy-v0", f"{__name__}:Toy", max_episode_steps=8)
+
+
+@pytest.fixture
+def toy_data(tmp_path, monkeypatch):
+    """A local Minari dataset of 4 episodes: 8 steps (time limit), 5 (terminal), 8, 5; episode k counts from 100 k."""
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    rng, buffers = np.random.default_rng(0), []
+    for k, steps in enumerate([8, 5, 8, 5]):
+        at = 100.0 * k + np.arange(steps + 1)
+        last = np.arange(steps) == steps - 1
+        buffer = minari.data_collector.EpisodeBuffer(
+            id=k,
+            observations={"b": np.stack([at, -at], 1), "a": {"y": at[:, None] / 2}},
+            actions=rng.uniform(-1, 1, (steps, 2)).astype(np.float32),
+            rewards=np.arange(1.0, steps + 1),
+            terminations=last & (steps == 5),
+            truncations=last & (steps == 8),
+        )
+        buffers.append(buffer)
+    minari.create_dataset_from_buffers("toy/dict-v0", buffers, env="DictToy-v0", algorithm_name="random")
+    monkeypatch.setattr(common, "make_env", lambda name: plain_env("DictToy-v0"))
+    return tmp_path / "toy" / "dict-v0"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("by_path", [False, True])
+def test_minari(toy_data, by_path, monkeypatch):
+    where = ("DictToy-v0", str(toy_data)) if by_path else ("toy/dict-v0",)
+    data = common.load_dataset(*where)
+    assert len(data) == 8 + 5 + 8 + 5  # time-limit rows are kept, their successor is known
+    assert data.obs_dim == 3 and data.terminal.sum() == 2 and len(data.episode_returns) == 4
+    np.testing.assert_array_equal(data.episode_returns, [36, 15, 36, 15])
+    at = data.obs[:, 1]
+    np.testing.assert_array_equal(data.obs, torch.stack([at / 2, at, -at], 1))  # keys in the order of the space
+    np.testing.assert_array_equal(data.next_obs[:, 1], at + 1)  # no successor comes from another episode
+    last = data.step == torch.where(data.episode % 2 == 0, 7, 4)
+    assert torch.equal(data.next_action[~last], data.action[torch.where(~last)[0] + 1])
+    assert torch.equal(data.next_action[last], data.action[last])
+
+    monkeypatch.setattr(common, "import_minari", None)  # the second reading comes from the cache
+    assert torch.equal(common.load_dataset(*where).rows, data.rows)
+    [cache] = toy_data.glob("*.npz")
+    cache.write_bytes(b"damaged")
+    monkeypatch.undo()
+    monkeypatch.setattr(common, "make_env", lambda name: plain_env("DictToy-v0"))
+    assert torch.equal(common.load_dataset("DictToy-v0", str(toy_data)).rows, data.rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("left", ["nothing", "half"])
+def test_minari_partial(toy_data, left):
+    file = toy_data / "data" / "main_data.hdf5"
+    if left == "nothing":
+        for path in (toy_data / "data").iterdir():
+            path.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(common.RunError, match="interrupted download.*'toy/dict-v0', force_download=True"):
+        common.load_dataset("toy/dict-v0")
+
+
+def test_minari_errors(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    with pytest.raises(common.UserError, match="end in a version.*mujoco/hopper/medium-v0"):
+        common.load_dataset("mujoco/hopper/medium")
+    minari = pytest.importorskip("minari")
+
+    def offline(name):
+        raise TimeoutError("no route\nto host")
+
+    monkeypatch.setattr(minari, "download_dataset", offline)
+    with pytest.raises(common.RunError, match="could not download mujoco/hopper/medium-v0 .*no route"):
+        common.load_dataset("mujoco/hopper/medium-v0")
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(common.UserError, match=r'need the package minari: pip install "minari\[hdf5,hf\]"'):
+        common.load_dataset("mujoco/hopper/medium-v0")
+
+
+# Built-in data
+
+
+def test_pendulum_equals_gymnasium():
+    env = gymnasium.make("Pendulum-v1").unwrapped
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        env.reset(seed=seed)
+        for _ in range(50):
+            torque = rng.uniform(-2, 2)
+            angle, speed, reward = common.pendulum_step(*env.state, torque)
+            _, expected, *_ = env.step(np.array([torque]))
+            np.testing.assert_allclose([angle, speed, reward], [*env.state, expected], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("level, low, high", [("random", -1350, -1100), ("medium", -700, -400), ("expert", -200, -130)])
+def test_pendulum_demo(level, low, high):
+    data = common.load_dataset(f"pendulum-demo-{level}")
+    assert len(data) == 100 * 199 and len(data.episode_returns) == 100
+    assert low < data.episode_returns.mean() < high
+    assert 0.9 < data.action.abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "level, low, high",
+    [("random", -500, -100), ("medium", 1500, 3800), ("medium-expert", 2200, 4400), ("expert", 4300, 4800)],
+)
+def test_cheetah_demo(level, low, high, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(common.DEMO_EPISODES, "halfcheetah", 4)
+    data = common.load_dataset(f"halfcheetah-demo-{level}")
+    assert len(data) == 4 * 999 and data.obs_dim == 17 and data.action_dim == 6
+    assert low < data.episode_returns.mean() < high
+
+
+def test_demo_cache(tmp_path, monkeypatch, capsys):
+    name = "halfcheetah-demo-medium-replay"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(common.DEMO_EPISODES, "halfcheetah", 4)
+    first = common.load_dataset(name)
+    assert "making halfcheetah" in capsys.readouterr().out
+    assert first.episode_returns[3] > 1500 and first.episode_returns[0] < 500
+    assert torch.equal(common.load_dataset(name).rows, first.rows)
+    assert "making" not in capsys.readouterr().out
+    [file] = (tmp_path / "offline-rl").iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    assert torch.equal(common.load_dataset(name).rows, first.rows)
+
+    (tmp_path / "plain").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "plain"))
+    monkeypatch.setitem(common.DEMO_EPISODES, "halfcheetah", 1)
+    assert len(common.load_dataset(name)) == 999
+    assert "cannot cache" in capsys.readouterr().err
+
+
+def save_and_load(path, number):
+    arrays = {"x": np.full(200_000, number)}
+    for _ in range(10):
+        common.save_cache(path, arrays)
+        values = np.unique(common.load_cache(path)["x"])
+        assert len(values) == 1  # never a mixture, never half a file
+
+
+def test_cache_race(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=save_and_load, args=(tmp_path / "x.npz", k)) for k in range(3)]
+    [worker.start() for worker in workers]
+    [worker.join(60) for worker in workers]
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]

@@ -1,0 +1,249 @@
+"""What every script promises, checked through its real entry point on a tiny run with all its phases."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+
+ROOT = Path(__file__).parents[1]
+LEARNERS = dict(bdm_rebrac_sbc="BDM", cped="CPED", dac="DAC", dtql="DTQL", qdq="QDQ", srpo="SRPO")
+SCRIPTS = [name for name in LEARNERS if (ROOT / f"{name}.py").exists()]
+TINY = "--env pendulum-demo-medium --device cpu --steps 20 --batch-size 16 --eval-every 10 --eval-episodes 2 "
+TINY = [*TINY.split(), "--log-every", "5", "--checkpoint-every", "6"]
+
+every_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
+class Killed(BaseException):
+    """Stands in for a process that is gone: nothing between here and the test handles it."""
+
+
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """start(name, *flags): run a script in this process; returns its module."""
+
+    def start(name, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *TINY, *map(str, flags)])
+        module = importlib.import_module(name)
+        common.cli(module.main)
+        return module
+
+    return start
+
+
+def folder(out, name, seed=0):
+    return Path(out) / name / "pendulum-demo-medium" / f"seed{seed}"
+
+
+def learned(out, name, seed=0):
+    """All tensors of a checkpoint, by path."""
+
+    def flatten(value, path):
+        if isinstance(value, dict):
+            for key in value:
+                yield from flatten(value[key], f"{path}/{key}")
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                yield from flatten(item, f"{path}/{i}")
+        elif isinstance(value, torch.Tensor):
+            yield path, value
+
+    return dict(flatten(common.load_checkpoint(folder(out, name, seed))["learner"], ""))
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys() and first
+    different = [path for path in first if not torch.equal(first[path], second[path])]
+    assert not different
+
+
+@every_script
+def test_command_line(name, tmp_path):
+    """One command, all phases, from a foreign folder; the run folder holds what it should, stderr stays empty."""
+    command = [sys.executable, str(ROOT / f"{name}.py"), *TINY, "--out", "out"]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    run = folder(tmp_path / "out", name)
+    files = {path.name for path in run.iterdir()}
+    assert {"args.json", f"{name}.py", "metrics.csv", "curve.png", "checkpoint.pt", "summary.json"} <= files
+    assert any(file.startswith("events.out") for file in files)
+    assert not list(run.glob("*.part")) and not (tmp_path / "MUJOCO_LOG.TXT").exists()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["evaluations"] == 2 and math.isfinite(summary["return"]["last"])
+    rows = common.read_csv(run / "metrics.csv")
+    assert [row["step"] for row in rows if "return" in row] == [10, 20]
+    assert len({row["phase"] for row in rows}) == len(summary["updates_per_second"])
+    for word in ("last", "best", "data", "speed", "files"):
+        assert any(line.startswith(word) for line in result.stdout.splitlines())
+
+
+@every_script
+def test_same_seed_same_run_and_seeds_keep_their_own_draws(name, start, tmp_path):
+    """A seed gives the same numbers again, alone or in company, whatever the state of the global generators."""
+    start(name, "--out", tmp_path / "alone", "--seed", 1)
+    torch.manual_seed(999)
+    start(name, "--out", tmp_path / "company", "--seed", 0, 1)
+    assert_same(learned(tmp_path / "alone", name, 1), learned(tmp_path / "company", name, 1))
+    first, second = (learned(tmp_path / "company", name, seed) for seed in (0, 1))
+    assert any(not torch.equal(first[path], second[path]) for path in first)
+    summary = json.loads((tmp_path / "company" / name / "pendulum-demo-medium" / "summary.json").read_text())
+    assert len(summary["return"]["last"]["seeds"]) == 2
+
+
+@every_script
+@pytest.mark.parametrize("calls", [1, 4, 9])
+def test_killed_and_resumed(name, calls, start, tmp_path, monkeypatch):
+    """Killed after some updates, again during a checkpoint, then resumed: bit for bit the run that never stopped."""
+    start(name, "--out", tmp_path / "whole")
+    module = importlib.import_module(name)
+    plain, left = common.capture, [calls]
+
+    def capture_until_killed(learners, phase):
+        update = plain(learners, phase)
+
+        def step():
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            update()
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "capture", capture_until_killed)
+        with pytest.raises(Killed):
+            start(name, "--out", tmp_path / "killed")
+        left[0] = 10**6
+
+        def half_a_checkpoint(data, path):
+            Path(path).write_bytes(b"half")
+            raise Killed
+
+        with monkeypatch.context() as inner, pytest.raises(Killed):
+            inner.setattr(torch, "save", half_a_checkpoint)
+            start(name, "--out", tmp_path / "killed", "--resume")
+    start(name, "--out", tmp_path / "killed", "--resume")
+    assert_same(learned(tmp_path / "whole", name), learned(tmp_path / "killed", name))
+    rows = [common.read_csv(folder(tmp_path / out, name) / "metrics.csv") for out in ("whole", "killed")]
+    evaluated = [[(row["phase"], row["step"], row["return"]) for row in some if "return" in row] for some in rows]
+    assert evaluated[0] == evaluated[1]
+
+
+@every_script
+def test_saved_policy_scores_the_same_again(name, start, tmp_path, capsys):
+    module = start(name, "--out", tmp_path)
+    last = json.loads((folder(tmp_path, name) / "summary.json").read_text())["return"]["last"]
+    capsys.readouterr()
+    sys.argv = [f"{name}.py", "--evaluate", str(folder(tmp_path, name)), "--eval-episodes", "2"]
+    common.cli(module.main)
+    assert f"return {last:.1f}" in capsys.readouterr().out
+    act = common.load_policy(getattr(module, LEARNERS[name]), module.Args, folder(tmp_path, name))
+    action = act([[1.0, 0.0, 0.0]])
+    assert action.shape == (1, 1) and abs(action).max() <= 1
+
+
+@every_script
+def test_command_line_beats_paper_beats_default(name, monkeypatch):
+    module = importlib.import_module(name)
+    env, table = next((env, table) for env, table in module.PAPER.items() if len(table) > 1)
+
+    def settings(*flags):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--env", env, "--device", "cpu", *flags])
+        return common.parse_args(module.Args, module.PAPER | module.OURS)
+
+    args = settings()
+    assert all(getattr(args, key) == value for key, value in table.items())
+    untouched = [field for field in ("gamma", "batch_size") if field not in table]
+    assert all(getattr(args, field) == getattr(module.Args(), field) for field in untouched)
+    assert settings("--batch-size", "7", "--steps", "11").batch_size == 7
+
+
+@every_script
+def test_tables_name_real_fields_and_datasets(name):
+    module = importlib.import_module(name)
+    names = common.list_datasets()
+    for env, table in (module.PAPER | module.OURS).items():
+        assert set(table) <= set(vars(module.Args())), env
+        assert env.startswith("bandit-") or env in names, env
+    assert set(module.PUBLISHED) <= set(module.PAPER) and module.PROTOCOL
+
+
+@every_script
+def test_nan_in_the_data_stops_the_run(name, start, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module(name)
+    plain = common.load_dataset
+
+    def poisoned(*args, **kwargs):
+        data = plain(*args, **kwargs)
+        data.obs.fill_(math.nan)
+        return data
+
+    monkeypatch.setattr(module, "load_dataset", poisoned)
+    with pytest.raises(SystemExit) as stopped:
+        start(name, "--out", tmp_path)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and "became nan" in error and error.count("\n") == 1
+    assert not (folder(tmp_path, name) / "checkpoint.pt").exists()
+
+
+class NoHostWait(TorchDispatchMode):
+    """Fails on what would wait for a GPU or break the capture of an update."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        text = str(func)
+        waits = any(word in text for word in ("_local_scalar_dense", "nonzero", "masked_select", "equal.default"))
+        by_mask = "index.Tensor" in text and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert not waits and not by_mask, f"{text} inside an update"
+        return func(*args, **(kwargs or {}))
+
+
+@every_script
+def test_updates_never_wait_and_draw_only_from_their_own_generator(name, start, tmp_path, monkeypatch):
+    module = importlib.import_module(name)
+    plain = common.capture
+
+    def capture_watched(learners, phase):
+        update = plain(learners, phase)
+
+        def step():
+            before = torch.get_rng_state()
+            with NoHostWait():
+                update()
+            assert torch.equal(before, torch.get_rng_state()), f"{phase} draws from torch's global generator"
+
+        return step
+
+    monkeypatch.setattr(module, "capture", capture_watched)
+    start(name, "--out", tmp_path)
+
+
+@every_script
+def test_unknown_env_is_one_sentence(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--env", "nonsense"])
+    with pytest.raises(SystemExit) as stopped:
+        common.cli(importlib.import_module(name).main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "nonsense" in error and error.count("\n") == 1
+
+
+def test_common_holds_no_algorithm_and_scripts_import_only_common():
+    assert "torch.nn" not in (ROOT / "common.py").read_text()
+    for name in SCRIPTS:
+        imported = {
+            line.split()[1]
+            for line in (ROOT / f"{name}.py").read_text().splitlines()
+            if line.startswith(("import ", "from "))
+        }
+        assert not imported & set(LEARNERS)
