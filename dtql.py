@@ -163,7 +163,8 @@ BANDIT = dict(steps=3_500, pretrain_steps=0, batch_size=512, lr=3e-3, critic_lr=
               clip_denoised=False, behavior_hidden=128, time_dim=4, eval_every=500, log_every=100)  # fmt: skip
 OURS = {  # settings of this project: built-in data on two CPU cores, and the paper's bandits (Sec. 3, App. F.1)
     "halfcheetah-demo-medium-replay": DEMO | dict(steps=16_000, pretrain_steps=2_000),
-    "pendulum-demo-medium": DEMO | dict(steps=4_000, pretrain_steps=500, eval_every=1_000),
+    "pendulum-demo-medium": DEMO
+    | dict(steps=4_000, pretrain_steps=500, eval_every=1_000, alpha=5.0, gamma=0.95, lr=1e-3, critic_lr=1e-3),
     **{f"bandit-25gaussians-{reward}": BANDIT for reward in ("far", "near", "hard", "same")},
     **{f"bandit-swissroll-{reward}": BANDIT for reward in ("far", "near", "same")},
 }
