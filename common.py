@@ -1218,8 +1218,8 @@ def parse_args(Args, settings, proportional=(), doc=""):
     else:
         relative = nearest_settings(early.env, settings)
         table = settings.get(relative, {}) | dict(env=early.env)
-        if not {"-h", "--help"} & set(rest):
-            print(f"note: the paper did not run {early.env}; using its settings of {relative or 'no particular set'}")
+        if relative and not {"-h", "--help"} & set(rest):
+            print(f"note: no settings for {early.env} in this script; using those of {relative}")
     default = replace(Args(), **table)
     args = tyro.cli(Args, default=default, description=doc.strip().split("\n\n")[0])
     given = {token.split("=")[0].replace("_", "-") for token in rest}
@@ -1300,7 +1300,7 @@ class Metrics:
         self.sums[names][-1].add_(1)
 
     def read(self):
-        """The means since the last call, as a dict of floats; this waits for the device."""
+        """The means since the last call, as a dict of floats; on CUDA the device must be at rest."""
         means = {}
         for names, sums in self.sums.items():
             *totals, count = sums.tolist()
@@ -1579,7 +1579,8 @@ class Run:
 
     def record(self, steps, evaluating):
         """One row of metrics.csv and TensorBoard per seed, and a line on the terminal."""
-        metrics = [learner.metrics.read() for learner in self.learners]  # waits for the device
+        self.wait()
+        metrics = [learner.metrics.read() for learner in self.learners]
         now, count = time.monotonic(), self.step - self.clock_step
         totals = self.speed.setdefault(self.phase, [0, 0.0])
         totals[0], totals[1] = totals[0] + count, totals[1] + now - self.clock
@@ -1599,7 +1600,13 @@ class Run:
         if evaluating:
             self.draw()
         self.show(steps, rate, metrics, evaluating)
+        self.wait()
         self.clock, self.clock_step = time.monotonic(), self.step
+
+    def wait(self):
+        """Let the streams of all learners come to rest before anything reads or resets what they write."""
+        if self.args.device.startswith("cuda"):
+            torch.cuda.synchronize(self.args.device)
 
     def evaluate(self, learner, seed):
         if self.envs is None:
