@@ -1,0 +1,736 @@
+"""Q-Distribution guided Q-learning (QDQ)
+
+Jing Zhang, Linjiajie Fang, Kexin Shi, Wenjia Wang, Bing-Yi Jing: "Q-Distribution Guided Q-Learning for Offline
+Reinforcement Learning: Uncertainty Penalized Q-Value via Consistency Model", NeurIPS 2024, arXiv:2410.20312.
+Official code (JAX): github.com/evalarzj/qdq, f083a57.
+
+    python qdq.py                              # built-in HalfCheetah data, three minutes on two CPU cores
+    python qdq.py --env hopper-medium-v2       # the paper's run, all three phases
+    python qdq.py --env hopper-medium-v2 --seed 1 2 3 4 --reuse runs/qdq/hopper-medium-v2/seed0    # last phase only
+
+A generative model of the returns seen after (s, a) says how uncertain Q is there: its samples spread more for actions
+far from the data. Where they spread most, the target of the critic is made smaller.
+
+    returns     G(s_b, a_b) = sum_{i < 200} gamma^i r_{b+i},  a window every 10 steps, scaled to x in [-1, 1]     Eq. 5
+    score       L = E w(t) (D(x + t z, t | s, a) - x)^2
+    distill     L = E (f(x_t, t | s, a) - f'(x^, t' | s, a))^2,  x^ one Heun step of D from x_t to t' < t
+    uncertainty H(s, a) = std of Q_1..Q_n,  Q_j = f(80 z_j, 80 | s, a) in units of the return                     Eq. 6
+    target      Q_L = Q / H on the uncertain set U, beta Q off it;  U = {H > its beta-quantile in the batch}      Eq. 8
+    critic      L = alpha E (r + gamma Q' - Q)^2 + (1 - alpha) E (r + gamma Q_L' - Q)^2                           Eq. 7
+    actor       L = -E min(Q1, Q2)(s, pi(s)) - w_bc E log pi(a | s)                                               Eq. 9
+
+Three phases in one command: 800,000 updates of the score model D (EDM), 1,600,000 of the consistency model f (f' is its
+moving average), 1,000,000 of critic (Alg. 1) with actor and targets on every second. To act: the mean of pi.
+
+Differences between paper, official code and this file (which follows the code, whose settings and released checkpoints
+agree with each other; Tables G.1 and G.2 of the paper do not):
+ 1. Table G.1 has 80,000 and 160,000 updates for score and consistency model; the checkpoints 800,000 and 1,600,000
+    (1,000,000 halfcheetah-medium-replay, 2,000,000 walker2d-medium-expert): --score-steps, --consistency-steps.
+ 2. alpha: .99 (halfcheetah, hopper-medium and -medium-replay, AntMaze) or .95 in Table G.2, .992 (Gym), .99 (AntMaze)
+    and .01 (umaze-diverse) in the code: --alpha. beta: .8 for hopper, .9 elsewhere in the paper; .8 for walker2d too in
+    the code: --beta. w_bc: 0 or 1 in the paper, 0 to 2 in the code: --bc-coef.
+ 3. Eq. 8 has beta Q off U; the code's AntMaze has Q there, and in five sets 1 + 0.1 (1 - 1/H) on U: --penalty.
+ 4. Eq. 9 draws a from pi; the code takes its mean. AntMaze but umaze-diverse extracts the policy by AWR: --actor-loss.
+ 5. The target action is the target policy's mean with TD3 noise; the code also draws it from the policy where w_bc > 0
+    (in antmaze-medium-diverse this is all that w_bc does): --no-target-sample.
+ 6. Eq. 6 divides by n - 1, the code by n, as here. Eq. 5 discounts from the start of the episode, the code from the
+    start of the window. An episode of up to 200 steps gives one window, a longer one at most 100.
+ 7. Three hidden layers in the paper; AntMaze has two, and LayerNorm in the critic for the large mazes. Gradient
+    clipping and the actor's cosine decay are only in the code: --layers, --layer-norm, --clip-grad.
+ 8. The actor's cosine counts actor updates over --steps and so ends at half the learning rate.
+ 9. The student begins from random weights, though the usual recipe copies the teacher: --init-from-teacher. Its noise
+    levels leave out the highest (80), at which it is then sampled. The code gives f' weights of its own; here a copy.
+10. RAdam for the consistency model: here Adam with RAdam's factor on its learning rate, which leaves out the five first
+    updates of plain momentum.
+11. The code draws each batch without replacement and clips the data's actions to 1 - 1e-5: both dropped.
+12. All seeds of the paper share one score and consistency model; here each trains its own without --reuse.
+13. H is mostly error of the distillation, not spread of the returns (the score model's samples spread far less, see
+    returns.png). The method needs only 1/H < beta on U, which holds in units of the return; it fails if H is below 1.
+
+To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
+`Batch`, the same fields of all rows in order, and `obs_dim`, `action_dim`), `parse_args`, `Run`, `capture`, `Metrics`;
+the README has 20 lines.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import (
+    Metrics,
+    Run,
+    UserError,
+    capture,
+    cli,
+    evaluate_run,
+    load_checkpoint,
+    load_dataset,
+    parse_args,
+    save_figure,
+)
+
+
+@dataclass
+class Args:
+    env: str = "halfcheetah-demo-medium-replay"
+    """Dataset: a D4RL or Minari id, a built-in set or a bandit; `--env help` lists them."""
+    seed: tuple[int, ...] = (0,)
+    """Random seeds; several train side by side on one copy of the data."""
+    steps: int = 1_000_000
+    """Updates of the last phase; other lengths keep the paper's proportion to it unless given."""
+    batch_size: int = 256
+    """Transitions per update."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<k>."""
+    eval_every: int = 50_000
+    """Updates between evaluations."""
+    eval_episodes: int = 10
+    """Episodes per evaluation; 0 for none."""
+    log_every: int = 1_000
+    """Updates between rows of metrics.csv."""
+    checkpoint_every: int = 10_000
+    """Updates between checkpoints."""
+    out: str = "runs"
+    """Folder for run folders: <out>/<script>/<env>/seed<k>."""
+    resume: bool = False
+    """Continue from the checkpoint in the run folder."""
+    data_path: str | None = None
+    """A local D4RL-style .hdf5, an .npz or a Minari folder; --env then names the environment."""
+    evaluate: str | None = None
+    """Folder of a finished run: score its policy again instead of training."""
+    video: bool = False
+    """With --evaluate: film one episode."""
+    wandb: bool = False
+    """Log to Weights & Biases too."""
+
+    # QDQ
+    score_steps: int = 800_000
+    """Updates of the score model."""
+    consistency_steps: int = 1_600_000
+    """Updates of the consistency model."""
+    reuse: str | None = None
+    """Folder of a run on the same data: take its score and consistency model, skip both phases."""
+    gamma: float = 0.99
+    """Discount, of the truncated returns too."""
+    window: int = 200
+    """Rewards in a truncated return, Eq. 5."""
+    window_stride: int = 10
+    """Steps between the starts of two truncated returns, Eq. 5."""
+    score_lr: float = 5e-4
+    """Learning rate of the score model, cosine to zero."""
+    consistency_lr: float = 4e-4
+    """Learning rate of the consistency model, cosine to zero."""
+    levels: int = 1000
+    """Noise levels of the distillation."""
+    consistency_tau: float = 0.005
+    """Rate of the moving average f', moved every fifth update."""
+    init_from_teacher: bool = False
+    """Start the consistency model from the score model's weights."""
+    return_hidden: int = 256
+    """Width of score and consistency model."""
+    lr: float = 3e-4
+    """Learning rate of critic and actor."""
+    tau: float = 0.005
+    """Rate of the target networks (kappa in Alg. 1)."""
+    alpha: float = 0.992
+    """Weight of the plain Bellman error, Eq. 7."""
+    beta: float = 0.9
+    """Quantile of H above which an action is uncertain, and the factor of Q below it, Eq. 8."""
+    penalty: Literal["paper", "keep", "mild"] = "paper"
+    """Factor of Q on / off the uncertain set: 1/H, beta (Eq. 8); 1/H, 1; 1 + 0.1 (1 - 1/H), 1."""
+    q_samples: int = 50
+    """Samples of the consistency model for each H (n in Eq. 6)."""
+    actor_loss: Literal["pg", "awr"] = "pg"
+    """Policy gradient with likelihood (Eq. 9) or advantage-weighted regression."""
+    bc_coef: float = 0.8
+    """Weight of the likelihood of the data's actions (gamma in Eq. 9); pg only."""
+    target_sample: bool = True
+    """Draw the target action from the target policy, before the TD3 noise."""
+    clip_grad: float = 10.0
+    """Largest norm of the critic's gradient."""
+    hidden: int = 256
+    """Width of critic and actor."""
+    layers: int = 3
+    """Hidden layers of critic and actor."""
+    layer_norm: bool = False
+    """LayerNorm in the critic."""
+    reward_offset: float = 0.0
+    """Added to every reward (AntMaze: -1)."""
+
+
+def gym(beta, bc_coef, **more):
+    return dict(alpha=0.992, beta=beta, bc_coef=bc_coef, target_sample=bc_coef > 0, clip_grad=10.0, eval_every=5_000,
+                **more)  # fmt: skip
+
+
+def antmaze(**more):
+    return dict(alpha=0.99, beta=0.9, penalty="mild", actor_loss="awr", target_sample=False, clip_grad=7.0, layers=2,
+                reward_offset=-1.0, eval_every=100_000, eval_episodes=100) | more  # fmt: skip
+
+
+PAPER = {  # configs/<dataset>/qdq_config.py of the official code, which win over Tables G.1 and G.2 (differences 1, 2)
+    "halfcheetah-medium-v2": gym(0.9, 0.0),
+    "halfcheetah-medium-replay-v2": gym(0.9, 0.1, consistency_steps=1_000_000),
+    "halfcheetah-medium-expert-v2": gym(0.9, 2.0),
+    "hopper-medium-v2": gym(0.8, 0.8),
+    "hopper-medium-replay-v2": gym(0.8, 0.8),
+    "hopper-medium-expert-v2": gym(0.8, 2.0),
+    "walker2d-medium-v2": gym(0.8, 0.8),
+    "walker2d-medium-replay-v2": gym(0.8, 0.8),
+    "walker2d-medium-expert-v2": gym(0.8, 2.0, consistency_steps=2_000_000),
+    "antmaze-umaze-v0": antmaze(),
+    "antmaze-umaze-diverse-v0": antmaze(alpha=0.01, penalty="keep", actor_loss="pg", bc_coef=1.5, target_sample=True),
+    "antmaze-medium-play-v0": antmaze(),
+    "antmaze-medium-diverse-v0": antmaze(target_sample=True),
+    "antmaze-large-play-v0": antmaze(layer_norm=True),
+    "antmaze-large-diverse-v0": antmaze(layer_norm=True, clip_grad=3.0),
+}
+DEMO = dict(hidden=64, return_hidden=64, batch_size=128, q_samples=8, levels=40, consistency_tau=0.05,
+            init_from_teacher=True, lr=1e-3, tau=0.01, bc_coef=2.0, log_every=500)  # fmt: skip
+OURS = {  # settings of this project: built-in data on two CPU cores
+    "halfcheetah-demo-medium-replay": DEMO
+    | dict(steps=12_000, score_steps=8_000, consistency_steps=8_000, eval_every=1_500),
+    "pendulum-demo-medium": DEMO
+    | dict(steps=4_000, score_steps=2_000, consistency_steps=2_000, eval_every=500, window=50, gamma=0.95),
+}
+PUBLISHED = {  # Tables 1 and 2
+    "halfcheetah-medium-v2": 74.1, "hopper-medium-v2": 99.0, "walker2d-medium-v2": 86.9,
+    "halfcheetah-medium-replay-v2": 63.7, "hopper-medium-replay-v2": 102.4, "walker2d-medium-replay-v2": 93.2,
+    "halfcheetah-medium-expert-v2": 99.3, "hopper-medium-expert-v2": 113.5, "walker2d-medium-expert-v2": 115.9,
+    "antmaze-umaze-v0": 98.6, "antmaze-umaze-diverse-v0": 67.8, "antmaze-medium-play-v0": 81.5,
+    "antmaze-medium-diverse-v0": 85.4, "antmaze-large-play-v0": 35.6, "antmaze-large-diverse-v0": 31.2,
+}  # fmt: skip
+PROTOCOL = (
+    "5 seeds, 10 episodes each for MuJoCo and 100 for AntMaze; the code reports the mean of the last five evaluations "
+    "and the best, the paper does not say which it prints"
+)
+
+# EDM noise levels (Karras et al. 2022)
+SIGMA_DATA, T_MIN, T_MAX, RHO = 0.5, 0.002, 80.0, 7
+
+
+def truncated_returns(reward, end, gamma, window, stride, most=100):
+    """Discounted sums of at most `window` rewards, Eq. 5: their first rows [n] and their values [n] in float64.
+
+    reward [N], end [N] (true on the last row of each episode). Windows begin every `stride` steps of an episode, up to
+    the first that reaches its end, at most `most` of them.
+    """
+    last = end.nonzero().squeeze(1)
+    first = torch.cat([last.new_zeros(1), last[:-1] + 1])
+    length = last - first + 1
+    count = (1 + (length - window + stride - 1).clamp_min(0) // stride).clamp_max(most)
+    episode = torch.arange(len(count)).repeat_interleave(count)
+    number = torch.arange(len(episode)) - (count.cumsum(0) - count)[episode]
+    start = first[episode] + stride * number
+    total = torch.zeros(len(start), dtype=torch.float64)
+    for i in reversed(range(window)):
+        row = start + i
+        inside = row <= last[episode]
+        total = torch.where(inside, reward[row.clamp_max(len(reward) - 1)] + gamma * total, 0.0)
+    return start, total
+
+
+def return_dataset(data, gamma, window, stride):
+    """D_Q: rows (s, a, x) [n, S + A + 1], x the truncated return scaled to [-1, 1], and (Qmin, Qmax) [2]."""
+    jump = (data.obs[1:] - data.next_obs[:-1]).norm(dim=1) > 1e-6  # a time limit or a reset
+    end = torch.cat([jump | (data.terminal[:-1] > 0), torch.tensor([True])])
+    start, value = truncated_returns(data.reward.double(), end, gamma, window, stride)
+    low, high = value.min(), value.max()
+    if low == high:
+        raise UserError(f"all truncated returns in {data.name} are {low:g}: there is no distribution to learn")
+    x = 2 * (value - low) / (high - low) - 1
+    return torch.cat([data.obs[start], data.action[start], x.float()[:, None]], dim=1), torch.stack([low, high]).float()
+
+
+def linear(d_in, d_out):
+    """nn.Linear with Flax's start: Xavier-uniform weights and no bias."""
+    layer = nn.Linear(d_in, d_out)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class EnsembleLinear(nn.Module):
+    """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out], Xavier-uniform weights and no bias."""
+
+    def __init__(self, n, d_in, d_out):
+        super().__init__()
+        bound = (6 / (d_in + d_out)) ** 0.5
+        self.weight = nn.Parameter(torch.empty(n, d_in, d_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(n, 1, d_out))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """LayerNorm with a gain and an offset per member: [n, B, d] -> [n, B, d]."""
+
+    def __init__(self, n, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n, 1, d))
+        self.bias = nn.Parameter(torch.zeros(n, 1, d))
+
+    def forward(self, x):
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), self.weight)
+
+
+class Critic(nn.Module):
+    """Q1 and Q2: obs [B, S], action [B, A] -> [2, B]."""
+
+    def __init__(self, obs_dim, action_dim, hidden, depth, layer_norm):
+        super().__init__()
+        layers, width = [], obs_dim + action_dim
+        for _ in range(depth):
+            layers += [EnsembleLinear(2, width, hidden), *[EnsembleLayerNorm(2, hidden)] * layer_norm, nn.Mish()]
+            width = hidden
+        self.net = nn.Sequential(*layers, EnsembleLinear(2, hidden, 1))
+
+    def forward(self, obs, action):
+        x = torch.cat([obs, action], dim=-1)
+        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+
+
+class Actor(nn.Module):
+    """Policy pi, a Gaussian around a tanh: obs [B, S] -> mean [B, A] in [-1, 1], log_std [A]."""
+
+    def __init__(self, obs_dim, action_dim, hidden, depth):
+        super().__init__()
+        layers, width = [], obs_dim
+        for _ in range(depth):
+            layers += [linear(width, hidden), nn.ReLU()]
+            width = hidden
+        self.net = nn.Sequential(*layers, linear(hidden, action_dim), nn.Tanh())
+        nn.init.orthogonal_(self.net[-2].weight, gain=2**0.5)
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def forward(self, obs):
+        return self.net(obs), self.log_std.clamp(-5, 2)
+
+
+class ReturnNet(nn.Module):
+    """Raw network N of score and consistency model: x, t [B, 1], obs_action [B, S + A] -> [B, 1]."""
+
+    def __init__(self, d_in, hidden):
+        super().__init__()
+        self.register_buffer("freqs", 16 * torch.randn(8))
+        self.time = nn.Sequential(linear(16, 32), nn.SiLU(), linear(32, 32), nn.SiLU())
+        layers, width = [], d_in + 1 + 32
+        for _ in range(3):
+            layers += [linear(width, hidden), nn.GroupNorm(hidden // 8, hidden, eps=1e-6), nn.SiLU()]
+            width = hidden
+        self.net = nn.Sequential(*layers, linear(hidden, 1))
+
+    def raw(self, x, t, obs_action):
+        """N(c_in x, ln(t) / 4 | s, a)."""
+        angle = 2 * math.pi * t.log() / 4 * self.freqs
+        time = self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
+        return self.net(torch.cat([obs_action, x * (t**2 + SIGMA_DATA**2).rsqrt(), time], dim=-1))
+
+
+class ScoreModel(ReturnNet):
+    """Denoiser D(x, t | s, a) = c_skip x + c_out N; the score is (D - x) / t^2."""
+
+    def forward(self, x, t, obs_action):
+        total = t**2 + SIGMA_DATA**2
+        c_skip, c_out = SIGMA_DATA**2 / total, t * SIGMA_DATA * total.rsqrt()
+        return c_skip * x + c_out * self.raw(x, t, obs_action)
+
+
+class ConsistencyModel(ReturnNet):
+    """f(x, t | s, a) = k_skip x + k_out N, from any point of a path of the diffusion to its start; f(x, T_MIN) = x."""
+
+    def forward(self, x, t, obs_action):
+        k_skip = SIGMA_DATA**2 / ((t - T_MIN) ** 2 + SIGMA_DATA**2)
+        k_out = (t - T_MIN) * SIGMA_DATA * (t**2 + SIGMA_DATA**2).rsqrt()
+        return k_skip * x + k_out * self.raw(x, t, obs_action)
+
+
+def noise_levels(n):
+    """T_MAX = t_0 > ... > t_{n-1} = T_MIN, evenly spaced in t^(1/rho): [n] in float64."""
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    levels = (T_MAX ** (1 / RHO) + ramp * (T_MIN ** (1 / RHO) - T_MAX ** (1 / RHO))) ** RHO
+    levels[0], levels[-1] = T_MAX, T_MIN  # free of rounding
+    return levels
+
+
+def sample_t(batch_size, generator):
+    """Noise levels [B, 1] to train the score model on: ln t ~ N(-1.2, 1.2^2), not cut."""
+    return torch.exp(-1.2 + 1.2 * torch.randn(batch_size, 1, device=generator.device, generator=generator))
+
+
+def score_loss(denoiser, x, obs_action, generator):
+    """E w(t) (D(x + t z, t | s, a) - x)^2 with EDM's weight 1 / c_out^2."""
+    t = sample_t(len(x), generator)
+    noisy = x + t * torch.randn(x.shape, device=x.device, generator=generator)
+    weight = (t**2 + SIGMA_DATA**2) / (t * SIGMA_DATA) ** 2
+    return (weight * (denoiser(noisy, t, obs_action) - x) ** 2).mean()
+
+
+def heun_step(denoiser, x, t, t_next, obs_action):
+    """One step of the probability flow dx/dt = (x - D(x, t)) / t from t to t_next < t."""
+    slope = (x - denoiser(x, t, obs_action)) / t
+    euler = x + (t_next - t) * slope
+    slope_next = (euler - denoiser(euler, t_next, obs_action)) / t_next
+    return x + (t_next - t) * (slope + slope_next) / 2
+
+
+def distill_loss(student, average, teacher, x, obs_action, levels, generator):
+    """E (f(x_t, t | s, a) - f'(x^, t' | s, a))^2 at neighbouring levels t > t'."""
+    i = torch.randint(1, len(levels) - 1, (len(x), 1), device=x.device, generator=generator)  # not t_0 (difference 9)
+    t, t_next = levels[i], levels[i + 1]
+    noisy = x + t * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    with torch.no_grad():
+        target = average(heun_step(teacher, noisy, t, t_next, obs_action), t_next, obs_action)
+    return ((student(noisy, t, obs_action) - target) ** 2).mean()
+
+
+def one_step(consistency, x, obs_action):
+    """Noise at T_MAX to a return, by the consistency model: [B, 1] -> [B, 1]."""
+    return consistency(x, torch.full_like(x, T_MAX), obs_action)
+
+
+def many_steps(denoiser, x, obs_action, n=18):
+    """The same by the score model, n - 1 Heun steps and an Euler step to t = 0; only for figures."""
+    levels = noise_levels(n).to(x)[:, None, None].expand(n, len(x), 1)
+    for t, t_next in zip(levels, levels[1:]):
+        x = heun_step(denoiser, x, t, t_next, obs_action)
+    return denoiser(x, levels[-1], obs_action)
+
+
+def sample_returns(sampler, model, obs_action, n, generator):
+    """n scaled returns for each row of obs_action: [B, S + A] -> [B, n]."""
+    obs_action = obs_action.repeat_interleave(n, dim=0)
+    noise = torch.randn(len(obs_action), 1, dtype=obs_action.dtype, device=obs_action.device, generator=generator)
+    return sampler(model, T_MAX * noise, obs_action).view(-1, n)
+
+
+def penalty_weight(h, beta, penalty):
+    """w in Q_L = w Q, Eq. 8 (difference 3): h [B] -> [B]."""
+    uncertain = h > torch.quantile(h, beta)
+    inside = 1 + 0.1 * (1 - 1 / h) if penalty == "mild" else 1 / h
+    return torch.where(uncertain, inside, beta if penalty == "paper" else 1.0)
+
+
+def critic_targets(reward, discount, next_q, weight):
+    """r + gamma Q' and r + gamma Q_L' of Eq. 7: reward, discount (0 after a terminal), weight [B], next_q [2, B]."""
+    next_q = next_q.amin(0)
+    return reward + discount * next_q, reward + discount * weight * next_q
+
+
+def log_prob(mean, log_std, action):
+    """log N(action | mean, std) summed over action dimensions: [..., A] -> [...]."""
+    return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def pg_loss(actor, critic, obs, action, bc_coef):
+    """-E min(Q1, Q2)(s, mean of pi) - bc_coef E log pi(a | s), Eq. 9 with difference 4."""
+    mean, log_std = actor(obs)
+    return -bc_coef * log_prob(mean, log_std, action).mean() - critic(obs, mean).amin(0).mean()
+
+
+def awr_loss(actor, actor_target, critic, obs, action, generator, temperature=6.0, most=100.0, samples=30):
+    """-E min(exp(6 (Q - V)), 100) log pi(a | s), V the mean of Q over actions of the target policy."""
+    with torch.no_grad():
+        mean, log_std = actor_target(obs.repeat_interleave(samples, dim=0))
+        noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+        drawn = mean + log_std.exp() * noise  # may leave the action box
+        value = critic(obs.repeat_interleave(samples, dim=0), drawn).amin(0).view(-1, samples).mean(1)
+        weight = torch.exp(temperature * (critic(obs, action).amin(0) - value)).clamp_max(most)
+    return -(weight * log_prob(*actor(obs), action)).mean()
+
+
+def move(target, net, rate):
+    """target <- target + rate (net - target), parameter by parameter."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), rate)
+
+
+def cosine(step, steps):
+    """Factor of a learning rate after `step` (a tensor) of `steps` updates."""
+    return 0.5 * (1 + torch.cos(math.pi * step / steps))
+
+
+def rectified(step):
+    """RAdam (Liu et al. 2020) as a factor of Adam's learning rate after `step` updates (difference 10)."""
+    t, longest = step.double() + 1, 1999.0
+    length = longest - 2 * t * 0.999**t / (1 - 0.999**t)  # of the average that estimates the variance
+    ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    return torch.where(length > 5, ratio.sqrt(), 0.0)
+
+
+def set_lr(opt, lr):
+    opt.param_groups[0]["lr"].copy_(lr)
+
+
+class QDQ:
+    """All that belongs to one seed: networks, optimisers, the updates of the three phases, and acting."""
+
+    def __init__(self, args, data, seed):
+        self.args, self.data = args, data
+        device = torch.device(args.device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.metrics = Metrics()
+        torch.manual_seed(seed)
+        obs_dim, action_dim = data.obs_dim, data.action_dim
+        self.score = ScoreModel(obs_dim + action_dim, args.return_hidden).to(device)
+        self.consistency = ConsistencyModel(obs_dim + action_dim, args.return_hidden).to(device)
+        self.consistency_target = copy.deepcopy(self.consistency).requires_grad_(False)
+        self.critic = Critic(obs_dim, action_dim, args.hidden, args.layers, args.layer_norm).to(device)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor = Actor(obs_dim, action_dim, args.hidden, args.layers).to(device)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+
+        def adam(params, lr):
+            lr = torch.tensor(lr, device=device)  # a tensor, so that a captured update sees it change
+            return torch.optim.Adam(params, lr, fused=True, capturable=device.type == "cuda")
+
+        self.score_opt = adam(self.score.parameters(), args.score_lr)
+        self.consistency_opt = adam(self.consistency.parameters(), args.consistency_lr)
+        self.critic_opt = adam(self.critic.parameters(), args.lr)
+        self.actor_opt = adam(self.actor.parameters(), args.lr)
+        self.levels = noise_levels(args.levels).float().to(device)
+        self.q_rows = None  # D_Q, set by `use_returns`
+        self.q_range = torch.zeros(2, device=device)  # Qmin, Qmax
+        self.score_count = torch.zeros((), device=device)  # updates so far, for the learning rates
+        self.consistency_count = torch.zeros((), device=device)
+        self.actor_count = torch.zeros((), device=device)
+        self.state = dict(score=self.score, score_opt=self.score_opt, consistency=self.consistency,
+                          consistency_target=self.consistency_target, consistency_opt=self.consistency_opt,
+                          critic=self.critic, critic_target=self.critic_target, critic_opt=self.critic_opt,
+                          actor=self.actor, actor_target=self.actor_target, actor_opt=self.actor_opt,
+                          q_range=self.q_range, score_count=self.score_count,
+                          consistency_count=self.consistency_count, actor_count=self.actor_count,
+                          generator=self.generator)  # fmt: skip
+
+    def use_returns(self, q_rows, q_range):
+        """Take D_Q (see `return_dataset`) as training data of the first two phases."""
+        self.q_rows = q_rows
+        self.q_range.copy_(q_range)
+
+    def sample_q_rows(self):
+        """obs_action [B, S + A] and x [B, 1], uniform from D_Q."""
+        n, shape, device = len(self.q_rows), (self.args.batch_size,), self.q_rows.device
+        rows = self.q_rows[torch.randint(n, shape, device=device, generator=self.generator)]
+        return rows[:, :-1], rows[:, -1:]
+
+    def train_score(self):
+        """One update of the score model."""
+        set_lr(self.score_opt, self.args.score_lr * cosine(self.score_count, self.args.score_steps))
+        obs_action, x = self.sample_q_rows()
+        loss = score_loss(self.score, x, obs_action, self.generator)
+        self.score_opt.zero_grad()
+        loss.backward()
+        self.score_opt.step()
+        self.score_count.add_(1)
+        self.metrics.add(score_loss=loss)
+
+    def distill(self):
+        """Five updates of the consistency model; its moving average follows after the first."""
+        for i in range(5):
+            factor = cosine(self.consistency_count, self.args.consistency_steps) * rectified(self.consistency_count)
+            set_lr(self.consistency_opt, self.args.consistency_lr * factor)
+            obs_action, x = self.sample_q_rows()
+            nets = self.consistency, self.consistency_target, self.score
+            loss = distill_loss(*nets, x, obs_action, self.levels, self.generator)
+            self.consistency_opt.zero_grad()
+            loss.backward()
+            self.consistency_opt.step()
+            self.consistency_count.add_(1)
+            self.metrics.add(distill_loss=loss)
+            if i == 0:
+                move(self.consistency_target, self.consistency, self.args.consistency_tau)
+
+    def update(self):
+        """Two iterations of Algorithm 1; actor and targets move in the first."""
+        batch = self.data.sample(self.args.batch_size, self.generator)
+        self.critic_step(batch)
+        move(self.critic_target, self.critic, self.args.tau)
+        self.actor_step(batch)
+        move(self.actor_target, self.actor, self.args.tau)
+        self.critic_step(self.data.sample(self.args.batch_size, self.generator))
+
+    def critic_step(self, batch):
+        with torch.no_grad():
+            next_action = self.next_action(batch.next_obs)
+            h = self.uncertainty(batch.next_obs, next_action, self.generator)
+            weight = penalty_weight(h, self.args.beta, self.args.penalty)
+            next_q = self.critic_target(batch.next_obs, next_action)
+            discount = self.args.gamma * (1 - batch.terminal)
+            high, low = critic_targets(batch.reward, discount, next_q, weight)
+        q = self.critic(batch.obs, batch.action)
+        high_loss, low_loss = (((q - target) ** 2).mean(1).sum() for target in (high, low))
+        critic_loss = self.args.alpha * high_loss + (1 - self.args.alpha) * low_loss  # Eq. 7
+        self.critic_opt.zero_grad()
+        critic_loss.backward()
+        nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.clip_grad)
+        self.critic_opt.step()
+        self.metrics.add(critic_loss=critic_loss, high_loss=high_loss, low_loss=low_loss, q=q.mean(),
+                         uncertainty=h.mean(), least_uncertainty=h.amin())  # fmt: skip
+
+    def actor_step(self, batch):
+        set_lr(self.actor_opt, self.args.lr * cosine(self.actor_count, self.args.steps))  # ends at half (difference 8)
+        if self.args.actor_loss == "pg":
+            actor_loss = pg_loss(self.actor, self.critic, batch.obs, batch.action, self.args.bc_coef)
+        else:
+            nets = self.actor, self.actor_target, self.critic
+            actor_loss = awr_loss(*nets, batch.obs, batch.action, self.generator)
+        self.actor_opt.zero_grad()
+        actor_loss.backward(inputs=list(self.actor.parameters()))  # the critic stays as it is
+        self.actor_opt.step()
+        self.actor_count.add_(1)
+        self.metrics.add(actor_loss=actor_loss, log_std=self.actor.log_std.mean())
+
+    def next_action(self, next_obs):
+        """a' of the target policy with the smoothing noise of TD3: [B, S] -> [B, A]."""
+        action, log_std = self.actor_target(next_obs)
+        if self.args.target_sample:
+            action = action + log_std.exp() * torch.randn(action.shape, device=action.device, generator=self.generator)
+        noise = 0.2 * torch.randn(action.shape, device=action.device, generator=self.generator)
+        return (action + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
+
+    def to_return(self, x):
+        """Scaled returns in [-1, 1] back to their own units."""
+        low, high = self.q_range
+        return low + (x + 1) / 2 * (high - low)
+
+    def uncertainty(self, obs, action, generator):
+        """H of Eq. 6, in units of the return: [B, S], [B, A] -> [B]."""
+        obs_action = torch.cat([obs, action], dim=-1)
+        x = sample_returns(one_step, self.consistency, obs_action, self.args.q_samples, generator)
+        return self.to_return(x).std(dim=1, correction=0)
+
+    def act(self, obs, generator):
+        """The mean of pi: [n, S] -> [n, A]."""
+        return self.actor(obs)[0]
+
+    def start_from_teacher(self):
+        """The consistency model and its average begin as copies of the score model (difference 9)."""
+        self.consistency.load_state_dict(self.score.state_dict())
+        self.consistency_target.load_state_dict(self.score.state_dict())
+
+    def reuse(self, folder):
+        """Take score model, consistency model, Qmin and Qmax of the run in `folder`."""
+        checkpoint = load_checkpoint(folder, self.args.device)
+        if "distill" not in checkpoint["done"]:
+            raise UserError(f"--reuse {folder}: no run of qdq.py with a finished consistency model")
+        parts = {name: checkpoint["learner"][name] for name in ("score", "consistency", "consistency_target")}
+        try:
+            for name, part in parts.items():
+                getattr(self, name).load_state_dict(part)
+        except RuntimeError:
+            raise UserError(f"--reuse {folder}: models of other observations, actions or --return-hidden") from None
+        q_range = checkpoint["learner"]["q_range"]
+        if not torch.allclose(q_range, self.q_range, rtol=1e-3, atol=1e-3):
+            theirs, ours = ("{:.2f} to {:.2f}".format(*values.tolist()) for values in (q_range, self.q_range))
+            raise UserError(f"--reuse {folder}: trained on truncated returns from {theirs}, these are from {ours}")
+        self.q_range.copy_(q_range)
+
+
+def draw_returns(learner, path):
+    """The learned distribution of truncated returns beside the data: all pairs, and three with a low to high return."""
+    generator = torch.Generator(learner.q_rows.device).manual_seed(0)
+    rows = learner.q_rows[learner.q_rows[:, -1].argsort()]
+    samplers = {"consistency model, one step": (one_step, learner.consistency),
+                "score model, 18 Heun steps": (many_steps, learner.score)}  # fmt: skip
+
+    def samples(rows, n):
+        with torch.no_grad():
+            return {name: learner.to_return(sample_returns(*sampler, rows[:, :-1], n, generator)).cpu()
+                    for name, sampler in samplers.items()}  # fmt: skip
+
+    def draw_all(axes):
+        some = rows[torch.linspace(0, len(rows) - 1, 2000, device=rows.device).long()]
+        axes.hist(learner.to_return(some[:, -1]).cpu(), bins=60, density=True, color="lightgrey", label="data")
+        for name, values in samples(some, 1).items():
+            axes.hist(values.flatten(), bins=60, density=True, histtype="step", label=name)
+        axes.set(title="all state-action pairs", xlabel="truncated return")
+        axes.legend(fontsize=7)
+
+    def draw_pair(axes, fraction):
+        row = rows[int(fraction * (len(rows) - 1))][None]
+        for name, values in samples(row, 1000).items():
+            axes.hist(values.flatten(), bins=40, density=True, histtype="step", label=name)
+        axes.axvline(learner.to_return(row[0, -1]).item(), color="black", linestyle="--", label="data")
+        axes.set(title=f"a pair with a return at the {100 * fraction:.0f}th percentile", xlabel="truncated return")
+
+    save_figure(path, draw_all, *(lambda axes, f=fraction: draw_pair(axes, f) for fraction in (0.1, 0.5, 0.9)))
+
+
+def draw_uncertainty(learner, data, path):
+    """H for the data's actions and for actions drawn at random in the same states."""
+    generator = torch.Generator(learner.generator.device).manual_seed(0)
+    obs, action, *_ = data.sample(1000, generator)
+    anywhere = 2 * torch.rand(action.shape, device=action.device, generator=generator) - 1
+    with torch.no_grad():
+        known, unknown = (learner.uncertainty(obs, a, generator).cpu() for a in (action, anywhere))
+
+    def draw(axes):
+        bins = torch.linspace(0, max(known.max(), unknown.max()), 50)
+        axes.hist(known, bins=bins, alpha=0.6, label="actions of the data")
+        axes.hist(unknown, bins=bins, alpha=0.6, label="random actions")
+        axes.set(title=f"median H {known.median():.3g} in data, {unknown.median():.3g} random", xlabel="uncertainty H")
+        axes.legend(fontsize=8)
+
+    save_figure(path, draw)
+
+
+def check(args):
+    rules = dict(
+        beta=(0 <= args.beta <= 1, "between 0 and 1"),
+        window=(args.window >= 1, "at least 1"),
+        window_stride=(args.window_stride >= 1, "at least 1"),
+        levels=(args.levels >= 3, "at least 3"),
+        q_samples=(args.q_samples >= 2, "at least 2"),
+        return_hidden=(args.return_hidden % 8 == 0 < args.return_hidden, "a multiple of 8"),
+    )
+    for name, (kept, rule) in rules.items():
+        if not kept:
+            raise UserError(f"--{name.replace('_', '-')} must be {rule}, found {getattr(args, name)}")
+
+
+def main():
+    args = parse_args(Args, PAPER | OURS, proportional=("score_steps", "consistency_steps"), doc=__doc__)
+    if args.evaluate:
+        return evaluate_run(args, QDQ)
+    check(args)
+    if args.reuse:
+        args.score_steps = args.consistency_steps = 0
+    data = load_dataset(args.env, args.data_path)
+    data.reward.add_(args.reward_offset)
+    q_rows, q_range = return_dataset(data, args.gamma, args.window, args.window_stride)
+    data, q_rows = data.to(args.device), q_rows.to(args.device)
+    learners = [QDQ(args, data, seed) for seed in args.seed]
+    for learner in learners:
+        learner.use_returns(q_rows, q_range)
+        if args.reuse:
+            learner.reuse(args.reuse)
+    run = Run(args, learners, data, __file__, PUBLISHED.get(args.env), PROTOCOL)
+
+    def at_end():
+        if args.init_from_teacher:
+            for learner in learners:
+                learner.start_from_teacher()
+
+    update = capture(learners, "train_score")
+    for _ in run.updates("train_score", args.score_steps, at_end=at_end):
+        update()
+    update = capture(learners, "distill")
+    for _ in run.updates("distill", args.consistency_steps, stride=5):
+        update()
+    for learner, folder in zip(learners, run.folders):
+        draw_returns(learner, folder / "returns.png")
+        draw_uncertainty(learner, data, folder / "uncertainty.png")
+    update = capture(learners, "update")
+    for _ in run.updates("update", args.steps, stride=2, evaluate=True):
+        update()
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli(main)

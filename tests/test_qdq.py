@@ -1,0 +1,734 @@
+"""QDQ against numbers with known answers: closed forms, worked examples, and hand-made exact networks."""
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+import qdq
+from qdq import QDQ, Args, ConsistencyModel, ScoreModel, distill_loss, noise_levels, truncated_returns
+
+F64 = torch.float64
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def exact_denoiser(mean, std):
+    """D* of data ~ N(mean, std^2)."""
+    return lambda x, t, obs_action: (std**2 * x + t**2 * mean) / (std**2 + t**2)
+
+
+def exact_consistency(mean, std):
+    """f* of the same data: the flow from (x, t) to T_MIN in closed form."""
+    return lambda x, t, obs_action: mean + (x - mean) * ((std**2 + qdq.T_MIN**2) / (std**2 + t**2)).sqrt()
+
+
+def make_data(n=64, obs_dim=3, action_dim=2, terminal=0.0):
+    draw = generator(9)
+    obs, next_obs = (torch.randn(n, obs_dim, generator=draw).numpy() for _ in range(2))
+    action = (2 * torch.rand(n, action_dim, generator=draw) - 1).numpy()
+    reward, no = torch.randn(n, generator=draw).numpy(), np.zeros(n, bool)
+    data = common.Dataset.from_arrays("made", obs, action, reward, no, no, None, next_obs=next_obs)
+    data.terminal.fill_(terminal)
+    return data
+
+
+def make_learner(data=None, seed=0, **settings):
+    small = dict(device="cpu", hidden=16, return_hidden=16, layers=2, batch_size=8, q_samples=4, levels=10)
+    data = data or make_data()
+    learner = QDQ(Args(**small | settings), data, seed)
+    x = torch.linspace(-1, 1, len(data))[:, None]
+    learner.use_returns(torch.cat([data.obs, data.action, x], 1), torch.tensor([-10.0, 30.0]))
+    return learner
+
+
+def snapshot(module):
+    return [tensor.clone() for tensor in module.state_dict().values()]
+
+
+def same(module, before):
+    return all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), before))
+
+
+# Truncated returns
+
+
+@pytest.mark.parametrize(
+    "length, windows, start, value",
+    [
+        (1, 1, 0, 1.0), (199, 1, 0, 86.46670), (200, 1, 0, 86.60203), (201, 2, 10, 85.33365), (210, 2, 10, 86.60203),
+        (211, 3, 20, 85.33365), (700, 51, 500, 86.60203), (999, 81, 800, 86.46670), (1000, 81, 800, 86.60203),
+        (1191, 100, 990, 86.60203), (5000, 100, 990, 86.60203),
+    ],
+)  # fmt: skip
+def test_windows_of_one_episode(length, windows, start, value):
+    end = torch.zeros(length, dtype=torch.bool)
+    end[-1] = True
+    starts, values = truncated_returns(torch.ones(length), end, 0.99, 200, 10)
+    assert starts.tolist() == list(range(0, 10 * windows, 10)) and starts[-1] == start
+    assert values[-1].item() == pytest.approx(value, abs=1e-4)
+
+
+def test_toy_window_values():
+    end = torch.arange(12) == 11
+    starts, values = truncated_returns(torch.arange(1.0, 13.0), end, 0.5, 5, 2)
+    assert starts.tolist() == [0, 2, 4, 6, 8]
+    assert values.tolist() == pytest.approx([3.5625, 7.4375, 11.3125, 15.1875, 18.25], abs=1e-4)
+
+
+def test_windows_of_many_episodes_equal_the_loop():
+    """Window by window as the official code scans each trajectory, over episodes of 1 to 60 steps."""
+    draw = generator()
+    reward, gamma, window, stride, most = torch.randn(1500, generator=draw).double(), 0.9, 20, 3, 8
+    end = torch.rand(1500, generator=draw) < 0.04
+    end[-1] = True
+    expected, first = [], 0
+    for last in end.nonzero().squeeze(1).tolist():
+        rewards = reward[first : last + 1].tolist()
+        for begin in range(0, most * stride, stride):
+            expected.append((first + begin, sum(gamma**i * r for i, r in enumerate(rewards[begin : begin + window]))))
+            if begin + window >= len(rewards):
+                break
+        first = last + 1
+    starts, values = truncated_returns(reward, end, gamma, window, stride, most)
+    assert starts.tolist() == [start for start, _ in expected]
+    assert torch.allclose(values, torch.tensor([value for _, value in expected], dtype=F64))
+
+
+def test_return_dataset_ends_episodes_at_jumps_terminals_and_the_last_row():
+    n, ends = 12, [3, 7, 11]  # a jump, a terminal, the last row
+    obs = np.arange(n + 1, dtype=np.float32)[:, None]
+    next_obs = obs[1:].copy()
+    next_obs[3] = 50.0
+    terminal = np.arange(n) == 7
+    data = common.Dataset.from_arrays(
+        "made", obs[:-1], obs[:-1] / 20, np.arange(1.0, n + 1), terminal, terminal & False, None, next_obs=next_obs
+    )
+    rows, (low, high) = qdq.return_dataset(data, 0.5, window=2, stride=1)
+    expected = [(i, i + 1 + (0.5 * (i + 2) if i not in ends else 0)) for i in range(n) if i not in ends]
+    assert rows[:, 0].tolist() == [i for i, _ in expected] and torch.equal(rows[:, 1], rows[:, 0] / 20)
+    values = torch.tensor([value for _, value in expected])
+    assert low == values.min() and high == values.max()
+    assert torch.allclose(low + (rows[:, 2] + 1) / 2 * (high - low), values)
+
+
+def test_scaling_to_the_unit_interval_and_back():
+    draw = generator()
+    obs, reward = torch.randn(5000, 2, generator=draw).numpy(), 100 * torch.randn(5000, generator=draw).numpy()
+    no = np.zeros(5000, bool)
+    data = common.Dataset.from_arrays("made", obs, obs, reward, no, no, None, next_obs=obs)  # every row is an episode
+    rows, q_range = qdq.return_dataset(data, 0.99, 200, 10)
+    x = rows[:, -1]
+    assert x.min() == -1 and x.max() == 1
+    learner = make_learner()
+    learner.use_returns(rows, q_range)
+    assert torch.allclose(learner.to_return(x), torch.from_numpy(reward), rtol=1e-5, atol=1e-3)
+    for low, high, spread in ((115.09845, 334.08118, 10.949137), (-86.602036, 0.0, 4.330102)):
+        learner.q_range.copy_(torch.tensor([low, high]))
+        samples = learner.to_return(torch.tensor([[0.1, -0.1]]))  # a standard deviation of 0.1
+        assert samples.std(dim=1, correction=0).item() == pytest.approx(spread, abs=1e-4)
+
+
+def test_data_without_spread_is_refused():
+    no, zero = np.zeros(4, bool), np.zeros((4, 1))
+    data = common.Dataset.from_arrays("flat", zero, zero, np.ones(4), no, no, None, next_obs=zero + 1)
+    with pytest.raises(common.UserError, match="no distribution"):
+        qdq.return_dataset(data, 0.99, 200, 10)
+
+
+# Score model
+
+
+@pytest.mark.parametrize("t", [0.002, 0.05, 0.5, 3.0, 80.0])
+def test_score_loss_is_one_at_every_level_for_a_silent_network(t, monkeypatch):
+    model = ScoreModel(2, 16)
+    nn.init.zeros_(model.net[-1].weight)
+    monkeypatch.setattr(qdq, "sample_t", lambda n, generator: torch.full((n, 1), t))
+    x = 0.5 * torch.randn(200_000, 1, generator=generator(1))
+    with torch.no_grad():
+        loss = qdq.score_loss(model, x, torch.zeros(len(x), 2), generator())
+    assert loss.item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_training_levels_are_lognormal_and_not_cut():
+    log_t = qdq.sample_t(400_000, generator()).log()
+    assert log_t.shape == (400_000, 1)
+    assert log_t.mean().item() == pytest.approx(-1.2, abs=0.01) and log_t.std().item() == pytest.approx(1.2, abs=0.01)
+    assert log_t.min() < math.log(qdq.T_MIN)
+
+
+# Consistency model
+
+
+def unit_raw(model):
+    """The model with raw network 1, so that f(0, t) = k_out and f(1, t) - f(0, t) = k_skip."""
+    model.raw = lambda x, t, obs_action: torch.ones_like(x)
+    return model.double()
+
+
+def test_consistency_coefficients_and_boundary():
+    model = ConsistencyModel(2, 16)
+    x, pair = torch.randn(50, 1, generator=generator()), torch.zeros(50, 2)
+    for weight in model.parameters():
+        nn.init.normal_(weight)
+    assert torch.allclose(model(x, torch.full_like(x, 0.002), pair), x, atol=1e-7)
+    model = unit_raw(model)
+    for t, k_skip, k_out in ((80.0, 3.90629e-5, 0.4999777), (0.5, 0.502004, 0.352139)):
+        at_zero, at_one = (model(torch.full((1, 1), x, dtype=F64), torch.full((1, 1), t), None).item() for x in (0, 1))
+        assert at_zero == pytest.approx(k_out, rel=1e-5) and at_one - at_zero == pytest.approx(k_skip, rel=1e-5)
+
+
+def test_score_coefficients():
+    model = unit_raw(ScoreModel(2, 16))
+    for t in (0.002, 0.5, 80.0):
+        at_zero, at_one = (model(torch.full((1, 1), x, dtype=F64), torch.full((1, 1), t), None).item() for x in (0, 1))
+        assert at_zero == pytest.approx(t * 0.5 / math.sqrt(t**2 + 0.25), rel=1e-6)  # 0.002 at T_MIN, not 0
+        assert at_one - at_zero == pytest.approx(0.25 / (t**2 + 0.25), rel=1e-6)
+
+
+def test_input_scaling_and_time_embedding():
+    """What the raw network is given at t = 80: c_in x = 0.01249976 x and Fourier features of ln(t) / 4 = 1.0955067."""
+    model, seen = ScoreModel(2, 16), {}
+    model.time.register_forward_pre_hook(lambda _, inputs: seen.update(time=inputs[0]))
+    model.net.register_forward_pre_hook(lambda _, inputs: seen.update(net=inputs[0]))
+    model.raw(torch.tensor([[10.0]]), torch.tensor([[80.0]]), torch.tensor([[3.0, 4.0]]))
+    angle = 2 * math.pi * 1.0955067 * model.freqs
+    assert torch.allclose(seen["time"][0], torch.cat([angle.sin(), angle.cos()]), atol=1e-3)
+    assert seen["net"][0, :3].tolist() == pytest.approx([3.0, 4.0, 0.1249976], rel=1e-5) and seen["net"].shape == (
+        1,
+        35,
+    )
+
+
+def test_noise_levels():
+    levels = noise_levels(1000)
+    assert levels.dtype == F64 and len(levels) == 1000
+    expected = {0: 80.0, 1: 79.563825, 500: 2.503974, 998: 0.00205020, 999: 0.002}
+    assert all(levels[i].item() == pytest.approx(value, rel=1e-5) for i, value in expected.items())
+    expected = [80.0, 57.58598, 40.78557, 28.37458]
+    assert noise_levels(18)[:4].tolist() == pytest.approx(expected, abs=1e-5)
+    assert noise_levels(18)[-2].item() == pytest.approx(0.00753, abs=1e-5)
+
+
+def test_distillation_draws_every_level_but_the_ends():
+    """The student sees t_1 .. t_{N-2}, its target the next lower level each time."""
+    levels, seen = noise_levels(12).float(), {}
+
+    def record(name):
+        return lambda x, t, obs_action: seen.setdefault(name, t) * 0 + x
+
+    x = torch.zeros(5000, 1)
+    distill_loss(record("student"), record("target"), exact_denoiser(0.0, 1.0), x, None, levels, generator())
+    index = {name: torch.searchsorted(-levels, -t.squeeze(1)) for name, t in seen.items()}
+    assert index["student"].unique().tolist() == list(range(1, 11))
+    assert torch.equal(index["target"], index["student"] + 1)
+
+
+@pytest.mark.parametrize("n, low, high", [(1000, 0, 1e-16), (18, 1.4e-6, 1.7e-6)])
+def test_distillation_loss_of_the_exact_flow(n, low, high):
+    """Float64, data N(.3, .1^2): only Heun's error is left (2.8e-17 and 1.5e-6); Euler has 6e-13 and 7e-6."""
+    x = 0.3 + 0.1 * torch.randn(100_000, 1, dtype=F64, generator=generator(1))
+    flow, teacher = exact_consistency(0.3, 0.1), exact_denoiser(0.3, 0.1)
+    loss = distill_loss(flow, flow, teacher, x, None, noise_levels(n), generator())
+    assert low <= loss.item() <= high
+
+
+def test_distillation_moves_only_the_student():
+    x, pair = torch.randn(32, 1), torch.randn(32, 4)
+    student, average, teacher = ConsistencyModel(4, 16), ConsistencyModel(4, 16), ScoreModel(4, 16)
+    distill_loss(student, average, teacher, x, pair, noise_levels(10).float(), generator()).backward()
+    assert all(weight.grad is not None for weight in student.parameters())
+    assert all(weight.grad is None for net in (average, teacher) for weight in net.parameters())
+
+
+def test_one_step_samples_of_the_exact_flow():
+    pair = torch.zeros(4000, 1, dtype=F64)
+    samples = qdq.sample_returns(qdq.one_step, exact_consistency(0.3, 0.1), pair, 50, generator())
+    assert samples.shape == (4000, 50)
+    assert samples.mean().item() == pytest.approx(0.29962, rel=0.01)
+    assert samples.std().item() == pytest.approx(0.100020, rel=0.01)
+
+
+@pytest.mark.parametrize("std, end", [(0.5, 0.825646), (0.1, 0.408608)])
+def test_heun_sampler_path(std, end):
+    x = qdq.many_steps(exact_denoiser(0.3, std), torch.full((1, 1), 80.0, dtype=F64), None)
+    assert x.item() == pytest.approx(end, abs=1e-6)
+
+
+# Uncertainty and targets
+
+
+def test_uncertainty_is_the_population_std_of_each_row_in_units_of_the_return():
+    learner = make_learner(q_samples=50)  # returns from -10 to 30: half a range is 20
+    learner.consistency = lambda x, t, obs_action: obs_action[:, :1] * x / 80  # x ~ N(0, obs^2)
+    spread = torch.linspace(0.1, 1.0, 4000)
+    obs = torch.cat([spread[:, None], torch.zeros(4000, 2)], 1)
+    h = learner.uncertainty(obs, torch.zeros(4000, 2), generator())
+    ratio = h / (20 * spread)
+    assert ratio.mean().item() == pytest.approx(0.98491, abs=0.006)  # 0.99491 with n - 1
+    assert ratio.std().item() == pytest.approx(0.0997, rel=0.05)  # a mix of rows would add the spread of `spread`
+    swapped = learner.uncertainty(obs.flip(0), torch.zeros(4000, 2), generator())
+    assert (swapped / (20 * spread.flip(0))).std() < 0.11
+
+
+def test_every_draw_of_the_uncertainty_is_fresh():
+    learner = make_learner()
+    obs, action = learner.data.obs, learner.data.action
+    first, second = (learner.uncertainty(obs, action, learner.generator) for _ in range(2))
+    assert not torch.isclose(first, second).any()
+
+
+@pytest.mark.parametrize("beta, flagged", [(0.8, 51), (0.9, 26)])
+def test_flagged_actions(beta, flagged):
+    h = torch.arange(1.0, 257.0)
+    weight = qdq.penalty_weight(h, beta, "keep")
+    assert (weight != 1).sum() == flagged and torch.equal(weight[-flagged:], 1 / h[-flagged:])
+    assert (qdq.penalty_weight(torch.full((256,), 3.0), beta, "paper") == torch.tensor(beta)).all()
+
+
+@pytest.mark.parametrize(
+    "penalty, alpha, weight, mixed",
+    [
+        ("paper", 0.992, [0.8, 0.8, 0.1, 0.8], [10.88416, 17.791488, 28.48616, 2]),
+        ("mild", 0.99, [1, 1, 1.09, 1], [10.9, 17.82, 28.72673, 2]),
+        ("keep", 0.01, [1, 1, 0.1, 1], [10.9, 17.82, 2.2373, 2]),
+    ],
+)
+def test_worked_targets(penalty, alpha, weight, mixed):
+    h, reward = torch.tensor([2.0, 4.0, 10.0, 5.0]), torch.tensor([1.0, 0.0, -1.0, 2.0])
+    next_q = torch.tensor([[10.0, 20.0, 30.0, 40.0], [12.0, 18.0, 33.0, 41.0]])
+    w = qdq.penalty_weight(h, 0.8, penalty)
+    assert w.tolist() == pytest.approx(weight, abs=1e-6)
+    high, low = qdq.critic_targets(reward, 0.99 * torch.tensor([1.0, 1.0, 1.0, 0.0]), next_q, w)
+    assert high.tolist() == pytest.approx([10.9, 17.82, 28.7, 2], abs=1e-5)
+    if penalty == "paper":
+        assert low.tolist() == pytest.approx([8.92, 14.256, 1.97, 2], abs=1e-5)
+    assert (alpha * high + (1 - alpha) * low).tolist() == pytest.approx(mixed, abs=1e-4)
+
+
+def test_critic_gradient_is_that_of_one_mixed_target():
+    learner = make_learner(alpha=0.7, clip_grad=1e9, lr=0.0)
+    frozen = learner.consistency, learner.critic_target, learner.actor_target, learner.actor
+    before = [snapshot(net) for net in frozen]
+    batch = learner.data.sample(32, generator(3))
+    state = learner.generator.get_state()
+    learner.critic_step(batch)
+    found = [weight.grad.clone() for weight in learner.critic.parameters()]
+    assert all(weight.grad is None for net in frozen for weight in net.parameters())
+    assert all(same(net, old) for net, old in zip(frozen, before))
+
+    learner.generator.set_state(state)
+    with torch.no_grad():
+        next_action = learner.next_action(batch.next_obs)
+        h = learner.uncertainty(batch.next_obs, next_action, learner.generator)
+        w = torch.where(h > h.quantile(0.9), 1 / h, 0.9)
+        q = learner.critic_target(batch.next_obs, next_action).min(0).values
+        mixed = batch.reward + 0.99 * (0.7 + 0.3 * w) * q
+    learner.critic_opt.zero_grad()
+    sum(((q - mixed) ** 2).mean() for q in learner.critic(batch.obs, batch.action)).backward()
+    assert all(torch.allclose(a, b.grad, atol=1e-6) for a, b in zip(found, learner.critic.parameters()))
+
+
+def test_critic_gradient_is_clipped_jointly():
+    learner = make_learner(clip_grad=0.01)
+    learner.critic_step(learner.data.sample(32, generator(3)))
+    norm = torch.cat([weight.grad.flatten() for weight in learner.critic.parameters()]).norm().item()
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "beta, penalty, h, all_flagged, expected",
+    [
+        (0.9, "paper", 20.0, False, 92.6612), (0.8, "paper", 20.0, False, 86.3260), (0.9, "keep", 20.0, False, 100.0),
+        (0.9, "mild", 20.0, False, 100.0), (0.9, "paper", 10.0, True, 58.3839), (0.9, "paper", 2.0, True, 71.6332),
+    ],
+)  # fmt: skip
+def test_fixed_point_of_one_state(beta, penalty, h, all_flagged, expected, monkeypatch):
+    """r = 1 for ever: Q = 1 / (1 - gamma m), m = alpha + (1 - alpha) w."""
+    if all_flagged:
+        monkeypatch.setattr(torch, "quantile", lambda h, beta: torch.tensor(0.0))
+    one, q = torch.ones(1), torch.zeros(2, 1, dtype=F64)
+    w = qdq.penalty_weight(torch.full((1,), h), beta, penalty)
+    for _ in range(3000):
+        high, low = qdq.critic_targets(one, 0.99 * one, q, w)
+        q = (0.992 * high + 0.008 * low).expand(2, 1)
+    assert q[0].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_fixed_point_with_a_tenth_flagged():
+    """26 of 256 next actions flagged, H = 20: the horizon shrinks from 100 to 87.14."""
+    h = 20 + 1e-9 * torch.arange(256, dtype=F64)
+    w = qdq.penalty_weight(h, 0.9, "paper").double()
+    q = torch.zeros(2, 256, dtype=F64)
+    for _ in range(3000):
+        high, low = qdq.critic_targets(torch.ones(256), torch.full((256,), 0.99), q, w)
+        q = (0.992 * high + 0.008 * low).mean().expand(2, 256)
+    assert q[0, 0].item() == pytest.approx(87.1405, rel=1e-3)
+
+
+def test_without_successors_the_critic_learns_the_mean_reward():
+    """Terminal everywhere: whatever H, alpha and beta, Q regresses to E r = +1 or -1 by the sign of the action."""
+    data = make_data(n=512, terminal=1.0)
+    noise = torch.randn(512, generator=generator(1))
+    data.reward.copy_(data.action[:, 0].sign() + 0.3 * noise)
+    data.action[:, 0].sign_()
+    learner = make_learner(data, alpha=0.1, beta=0.2, lr=3e-3, hidden=32, batch_size=128)
+    for _ in range(250):
+        learner.critic_step(data.sample(128, learner.generator))
+    for sign in (-1.0, 1.0):
+        rows = data.action[:, 0] == sign
+        assert learner.critic(data.obs[rows], data.action[rows]).mean().item() == pytest.approx(sign, abs=0.15)
+
+
+def test_target_action():
+    """Clipped noise of TD3 around the target policy's mean; with target_sample also the policy's own spread."""
+    obs, spread = torch.zeros(100_000, 3), {}
+    for target_sample in (False, True):
+        learner = make_learner(target_sample=target_sample)
+        learner.actor_target.net[-2].weight.zero_()
+        learner.actor.net[-2].bias.data.fill_(5.0)  # the online policy must not matter
+        learner.actor_target.log_std.fill_(math.log(0.2))
+        action = learner.next_action(obs)
+        assert action.abs().max() <= 1 and abs(action.mean().item()) < 0.01
+        spread[target_sample] = action.std().item()
+        assert target_sample or action.abs().max() == 0.5
+    assert spread[False] == pytest.approx(0.198, abs=0.004) and spread[True] == pytest.approx(0.281, abs=0.004)
+
+
+# Actor
+
+
+class FreeActor(nn.Module):
+    """A policy whose mean (after the tanh) and log_std are free numbers."""
+
+    def __init__(self, mean, log_std=0.0, dim=1):
+        super().__init__()
+        self.mean = nn.Parameter(torch.full((dim,), mean))
+        self.log_std = nn.Parameter(torch.full((dim,), log_std))
+
+    def forward(self, obs):
+        return self.mean.expand(len(obs), -1), self.log_std
+
+
+@pytest.mark.parametrize("bc_coef, mean, log_std", [(0.8, -0.21572, -1.52771), (0.0, 0.5, 0.0)])
+def test_equilibrium_of_value_and_likelihood(bc_coef, mean, log_std):
+    """Q = -(a - .5)^2 against data of mean -.3 and variance .04."""
+    actor, obs, action = FreeActor(0.0), torch.zeros(2, 1), torch.tensor([[-0.5], [-0.1]])
+    opt = torch.optim.Adam(actor.parameters(), 1e-2)
+
+    def critic(obs, action):
+        q = -((action - 0.5) ** 2).squeeze(1)
+        return torch.stack([q, q + 1])
+
+    for _ in range(1500):
+        loss = qdq.pg_loss(actor, critic, obs, action, bc_coef)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert actor.mean.item() == pytest.approx(mean, abs=0.01)
+    assert actor.log_std.item() == pytest.approx(log_std, abs=0.01 * (bc_coef > 0))
+
+
+def test_log_prob_sums_over_action_dimensions():
+    mean, log_std, action = (torch.randn(5, 3, generator=generator(seed)) for seed in range(3))
+    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(action).sum(-1)
+    assert torch.allclose(qdq.log_prob(mean, log_std, action), expected)
+
+
+@pytest.mark.parametrize(
+    "advantage, weight", [(0.0, 1.0), (0.8, 100.0), (0.767, 99.68), (0.5, 20.0855), (-1, 0.00247875)]
+)
+def test_awr_weights(advantage, weight):
+    obs, action, seen = torch.zeros(4, 1), torch.full((4, 1), 0.7), []
+
+    def critic(obs, drawn):
+        seen.append(drawn)
+        q = advantage * (drawn == 0.7).float().squeeze(1)
+        return torch.stack([q, q + 5.0])
+
+    actor, target = FreeActor(0.2), FreeActor(-0.4)
+    loss = qdq.awr_loss(actor, target, critic, obs, action, generator())
+    plain = -qdq.log_prob(*actor(obs), action).mean()
+    assert (loss / plain).item() == pytest.approx(weight, rel=1e-3)
+    drawn = seen[0]
+    assert drawn.shape == (4 * 30, 1) and abs(drawn.mean() + 0.4) < 0.3 and drawn.abs().max() > 1  # target, unclipped
+    loss.backward()
+    plain_gradient = torch.autograd.grad(plain, actor.mean)[0]
+    assert actor.mean.grad.item() == pytest.approx(weight * plain_gradient.item(), rel=1e-3)
+    assert target.mean.grad is None
+
+
+@pytest.mark.parametrize("actor_loss", ["pg", "awr"])
+def test_actor_update_leaves_the_rest_alone(actor_loss):
+    learner = make_learner(actor_loss=actor_loss)
+    actor, critic, target = snapshot(learner.actor), snapshot(learner.critic), snapshot(learner.actor_target)
+    learner.actor_step(learner.data.sample(8, generator()))
+    assert not same(learner.actor, actor) and same(learner.critic, critic) and same(learner.actor_target, target)
+    assert all(weight.grad is None for weight in learner.critic.parameters())
+
+
+def test_the_two_actor_losses_differ():
+    learners = [make_learner(actor_loss=actor_loss) for actor_loss in ("pg", "awr")]
+    for learner in learners:
+        learner.actor_step(learner.data.sample(8, generator()))
+    assert not same(learners[0].actor, snapshot(learners[1].actor))
+
+
+def test_acts_with_the_mean():
+    learner, obs = make_learner(), torch.randn(5, 3)
+    action = learner.act(obs, generator())
+    assert torch.equal(action, learner.actor.net(obs)) and action.abs().max() <= 1
+
+
+# Schedules
+
+
+def test_targets_and_actor_move_on_every_second_update(monkeypatch):
+    learner, calls = make_learner(lr=0.0), []
+    for net, value in ((learner.critic, 1.0), (learner.critic_target, 0.0), (learner.actor_target, 0.0)):
+        for weight in net.parameters():
+            weight.data.fill_(value)
+    for _ in range(100):
+        learner.update()  # two updates
+    assert learner.actor_count == 100
+    assert all(torch.allclose(w, torch.tensor(1 - 0.995**100), atol=1e-5) for w in learner.critic_target.parameters())
+    actor = torch.cat([weight.flatten() for weight in learner.actor.parameters()])
+    target = torch.cat([weight.flatten() for weight in learner.actor_target.parameters()])
+    assert torch.allclose(target, (1 - 0.995**100) * actor, atol=1e-5)
+
+    for name in ("critic_step", "actor_step"):
+        monkeypatch.setattr(learner, name, lambda batch, name=name: calls.append(name))
+    learner.update()
+    assert calls == ["critic_step", "actor_step", "critic_step"]
+
+
+def test_the_consistency_average_moves_on_every_fifth_update():
+    learner = make_learner(consistency_lr=0.0)
+    for net, value in ((learner.consistency, 1.0), (learner.consistency_target, 0.0)):
+        for weight in net.parameters():
+            weight.data.fill_(value)
+    for _ in range(40):
+        learner.distill()  # five updates
+    assert learner.consistency_count == 200
+    assert all(
+        torch.allclose(w, torch.tensor(1 - 0.995**40), atol=1e-5) for w in learner.consistency_target.parameters()
+    )
+
+
+def test_learning_rates():
+    learner = make_learner(steps=1_000_000, score_steps=100, consistency_steps=100)
+
+    def rate(opt):
+        return opt.param_groups[0]["lr"].item()
+
+    learner.actor_count.fill_(499_999)
+    learner.update()
+    assert rate(learner.actor_opt) == pytest.approx(1.5e-4, abs=1e-9) and rate(learner.critic_opt) == pytest.approx(
+        3e-4
+    )
+    for count, factor in ((0, 1.0), (50, 0.5), (99, 0.5 * (1 + math.cos(0.99 * math.pi)))):
+        learner.score_count.fill_(count)
+        learner.train_score()
+        assert rate(learner.score_opt) == pytest.approx(5e-4 * factor, rel=1e-3)
+    learner.consistency_count.fill_(95)  # the last of five updates is number 99
+    learner.distill()
+    rectified = qdq.rectified(torch.tensor(99.0)).item()
+    assert rate(learner.consistency_opt) == pytest.approx(4e-4 * factor * rectified, rel=1e-3)
+
+
+def test_adam_with_the_rectified_rate_is_radam():
+    """The same steps as torch.optim.RAdam from the sixth update on, none before."""
+    start, draw = torch.zeros(4), generator()
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    adam = torch.optim.Adam([ours], torch.tensor(1e-3), fused=True)
+    radam = torch.optim.RAdam([theirs], 1e-3)
+    for step in range(400):
+        ours.grad = torch.randn(4, generator=draw)
+        theirs.grad = ours.grad.clone()
+        before = ours.detach().clone(), theirs.detach().clone()
+        qdq.set_lr(adam, 1e-3 * qdq.rectified(torch.tensor(float(step))))
+        adam.step()
+        radam.step()
+        if step < 5:
+            assert torch.equal(ours, before[0])
+        else:
+            assert torch.allclose(ours - before[0], theirs - before[1], rtol=1e-3, atol=1e-7)
+
+
+# Networks
+
+
+def count(module):
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def test_sizes_of_the_official_networks():
+    learner = QDQ(Args(device="cpu"), SimpleNamespace(obs_dim=11, action_dim=3), 0)  # Hopper
+    for model in (learner.score, learner.consistency):
+        assert count(model) == 147_265 and [buffer.numel() for buffer in model.buffers()] == [8]
+    assert count(learner.actor) == 135_430 and count(learner.critic) == 2 * 135_681
+    for obs_dim, action_dim, width in ((29, 8, 70), (17, 6, 56), (11, 3, 47)):
+        assert ScoreModel(obs_dim + action_dim, 256).net[0].in_features == width
+
+
+def test_networks_start_like_the_official_ones():
+    """Xavier-uniform weights, no bias; orthogonal head of the actor with gain sqrt(2); sigma = 1; 32 groups."""
+    learner = QDQ(Args(device="cpu"), SimpleNamespace(obs_dim=11, action_dim=3), 0)
+    for weight in (learner.critic.net[2].weight, learner.actor.net[2].weight, learner.consistency.net[3].weight):
+        bound = (6 / 512) ** 0.5
+        assert 0.99 * bound < weight.abs().max() <= bound
+    for net in (learner.critic, learner.actor, learner.consistency):
+        assert all((value == 0).all() for name, value in net.named_parameters() if name.endswith("bias"))
+    head = learner.actor.net[-2].weight
+    assert torch.allclose(head @ head.T, 2 * torch.eye(3), atol=1e-5)
+    assert (learner.actor.log_std == 0).all()
+    assert same(learner.critic_target, snapshot(learner.critic)) and same(learner.actor_target, snapshot(learner.actor))
+    first, second = learner.critic(torch.randn(4, 11), torch.randn(4, 3))
+    assert not torch.isclose(first, second).any()
+
+    norm = learner.consistency.net[1]
+    groups = norm(3 + 2 * torch.randn(64, 256)).view(64, 32, 8)
+    assert norm.eps == 1e-6 and groups.mean(-1).abs().max() < 1e-5
+    assert torch.allclose(groups.var(-1, correction=0), torch.ones(64, 32), atol=1e-3)
+
+
+def test_layer_norm_is_for_the_critic_only():
+    learner = make_learner(layer_norm=True)
+    kinds = {name: {type(part).__name__ for part in getattr(learner, name).modules()} for name in ("critic", "actor")}
+    assert "EnsembleLayerNorm" in kinds["critic"] and "LayerNorm" not in kinds["actor"]
+    x = 5 + 3 * torch.randn(2, 4, 16)
+    norm = qdq.EnsembleLayerNorm(2, 16)
+    assert torch.allclose(norm(x), nn.LayerNorm(16, eps=1e-6)(x), atol=1e-6)
+    assert not any(isinstance(part, qdq.EnsembleLayerNorm) for part in make_learner().critic.modules())
+
+
+def test_fourier_frequencies_never_change():
+    learner = make_learner()
+    before = learner.score.freqs.clone(), learner.consistency.freqs.clone()
+    score = snapshot(learner.score)
+    learner.train_score()
+    assert not same(learner.score, score)
+    learner.distill()
+    assert torch.equal(learner.score.freqs, before[0]) and torch.equal(learner.consistency.freqs, before[1])
+    assert torch.equal(learner.consistency_target.freqs, before[1])
+
+
+def test_start_from_teacher():
+    learner = make_learner()
+    learner.start_from_teacher()
+    teacher = snapshot(learner.score)
+    assert same(learner.consistency, teacher) and same(learner.consistency_target, teacher)
+
+
+# Settings and the command line
+
+
+def test_table_of_the_official_configurations():
+    table = {env: Args(**settings) for env, settings in qdq.PAPER.items()}
+    assert len(table) == 15 and set(qdq.PUBLISHED) == set(table)
+    for env, args in table.items():
+        gym = not env.startswith("antmaze")
+        assert args.layers == (3 if gym else 2) and args.layer_norm == ("large" in env)
+        assert args.reward_offset == (0 if gym else -1)
+        assert args.beta == (0.8 if env.startswith(("hopper", "walker2d")) else 0.9)
+        assert args.alpha == (0.992 if gym else 0.01 if "umaze-diverse" in env else 0.99)
+        assert args.actor_loss == ("pg" if gym or "umaze-diverse" in env else "awr")
+        assert args.penalty == ("paper" if gym else "keep" if "umaze-diverse" in env else "mild")
+        assert args.clip_grad == (10 if gym else 3 if "large-diverse" in env else 7)
+    weights = {env: args.bc_coef for env, args in table.items() if args.actor_loss == "pg"}
+    assert list(weights.values()) == [0, 0.1, 2, 0.8, 0.8, 2, 0.8, 0.8, 2, 1.5]
+    assert [env for env, args in table.items() if not args.target_sample] == [
+        "halfcheetah-medium-v2", "antmaze-umaze-v0", "antmaze-medium-play-v0", "antmaze-large-play-v0",
+        "antmaze-large-diverse-v0",
+    ]  # fmt: skip
+    odd = {env: args.consistency_steps for env, args in table.items() if args.consistency_steps != 1_600_000}
+    assert odd == {"halfcheetah-medium-replay-v2": 1_000_000, "walker2d-medium-expert-v2": 2_000_000}
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """start(*flags): a tiny run on the pendulum data, from the command line; returns its checkpoint."""
+
+    def start(*flags, out="a", draw=False):
+        tiny = "qdq.py --env pendulum-demo-medium --device cpu --steps 4 --batch-size 8 --eval-episodes 0 --hidden 16"
+        out = tmp_path / out
+        monkeypatch.setattr(sys, "argv", [*tiny.split(), "--return-hidden", "16", "--out", str(out), *map(str, flags)])
+        with monkeypatch.context() as patch:
+            if not draw:
+                patch.setattr(qdq, "save_figure", lambda *args: None)
+            qdq.main()
+        return common.load_checkpoint(out / "qdq" / "pendulum-demo-medium" / "seed0")
+
+    return start
+
+
+def run_folder(tmp_path, out="a"):
+    return Path(tmp_path / out / "qdq" / "pendulum-demo-medium" / "seed0")
+
+
+def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path):
+    first = start("--score-steps", 3, "--consistency-steps", 5, draw=True)["learner"]
+    assert {"returns.png", "uncertainty.png"} <= {path.name for path in run_folder(tmp_path).iterdir()}
+    second = start("--reuse", run_folder(tmp_path), out="b")["learner"]
+    for name in ("score", "consistency", "consistency_target"):
+        assert all(torch.equal(first[name][key], second[name][key]) for key in first[name])
+    assert torch.equal(first["q_range"], second["q_range"]) and second["score_count"] == 0 < first["score_count"]
+    assert second["consistency_count"] == 0 and second["actor_count"] == 2
+    rows = common.read_csv(run_folder(tmp_path, "b") / "metrics.csv")
+    assert {row["phase"] for row in rows} == {"update"}
+    start("--reuse", run_folder(tmp_path, "b"), out="c")  # a run that reused can be reused
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (("--return-hidden", 32), "--return-hidden"),
+        (("--reward-offset", 5), "truncated returns"),
+        ((), "no checkpoint"),
+    ],
+)
+def test_reuse_refuses_what_does_not_fit(flags, sentence, start, tmp_path):
+    if flags:
+        start("--score-steps", 1, "--consistency-steps", 5)
+    with pytest.raises(common.UserError, match=sentence):
+        start("--reuse", run_folder(tmp_path), *flags, out="b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_reuse_refuses_a_run_without_finished_model(start, tmp_path):
+    start("--score-steps", 1, "--consistency-steps", 5)
+    path = run_folder(tmp_path) / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | dict(done=["train_score"]), path)
+    with pytest.raises(common.UserError, match="no run of qdq.py with a finished consistency model"):
+        start("--reuse", run_folder(tmp_path), out="b")
+
+
+def test_init_from_teacher_by_its_flag(start, monkeypatch):
+    monkeypatch.setattr(QDQ, "distill", lambda learner: None)
+    learned = start("--score-steps", 3, "--consistency-steps", 5, "--init-from-teacher")["learner"]
+    assert all(torch.equal(learned["consistency"][key], value) for key, value in learned["score"].items())
+    learned = start("--score-steps", 3, "--consistency-steps", 5, "--no-init-from-teacher", out="b")["learner"]
+    assert not all(torch.equal(learned["consistency"][key], value) for key, value in learned["score"].items())
+
+
+def test_reward_offset_reaches_the_returns(start):
+    plain, moved = start()["learner"]["q_range"], start("--reward-offset", "-1", out="b")["learner"]["q_range"]
+    assert (plain[0] - moved[0]).item() == pytest.approx(sum(0.95**i for i in range(50)), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("beta", 1.5), ("window", 0), ("window-stride", 0), ("levels", 2), ("q-samples", 1), ("return-hidden", 20)],
+)
+def test_values_out_of_range_are_named(flag, value, start):
+    with pytest.raises(common.UserError, match=f"--{flag} must be"):
+        start(f"--{flag}", value)
