@@ -2,17 +2,17 @@
 
     python tests/benchmarks/grid.py --envs locomotion --seeds 5                 # this machine, a worker for each GPU
     python tests/benchmarks/grid.py --envs locomotion --seeds 5 --pool tcp://host:8786
-    python tests/benchmarks/grid.py --envs locomotion --seeds 5 --pool slurm:40 --sbatch=--gres=gpu:1 --sbatch=--time=24:00:00
+    python tests/benchmarks/grid.py --envs locomotion --seeds 5 --pool slurm:40 --time 24:00:00 --sbatch=--gres=gpu:1
     python tests/benchmarks/grid.py --scripts dtql --envs hopper-medium-v2 --seeds 2 -- --steps 20000 --eval-every 5000
 
-Each job is one run of a script with --resume; what follows `--` goes to the scripts. Jobs wait in a queue until a worker
-is free. A job whose worker is lost goes to another and continues from its checkpoint. The same command given again
+Each job is one run of a script with --resume; what follows `--` goes to the scripts. Jobs wait in a queue until a
+worker is free. A job whose worker is lost goes to another and continues from its checkpoint. The same command given again
 runs only what is missing. <out>/grid.md and grid.json hold the table; <out>/logs what the scripts printed.
 
 The queue is Dask's: pip install distributed, for SLURM dask-jobqueue too. For a pool of machines that see the same
 folders start `dask scheduler` on one and `CUDA_VISIBLE_DEVICES=<k> dask worker tcp://host:8786 --nthreads 1
 --memory-limit 0` once for each job that shall run at a time.
-"""  # fmt: skip  # noqa: E501
+"""
 
 import argparse
 import fcntl
@@ -89,16 +89,16 @@ def run_job(job, out, flags, python, mine=None, gpu=None):
     # the script inherits the lock with its stdout: while one lives that has lost its worker, no second one starts
     with open(job.log(out, "log"), "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        for _ in range(TRIES):
-            if job.done(out):
-                return None
-            with open(job.log(out, "err"), "a") as errors:
+        with open(job.log(out, "err"), "w") as errors:
+            for _ in range(TRIES):
+                if job.done(out):
+                    return None
                 code = subprocess.run(
                     before + command, stdin=subprocess.DEVNULL, stdout=log, stderr=errors, env=env,
                     start_new_session=True,  # Ctrl-C is for the grid; the scripts learn of it by the end of the worker
                 ).returncode  # fmt: skip
-            if 0 <= code <= 128:
-                break
+                if 0 <= code <= 128:
+                    break
     if job.done(out):
         return None
     lines = job.log(out, "err").read_text().strip().splitlines()
@@ -112,7 +112,7 @@ def on_worker(job, out, flags, python, places):
     return run_job(job, out, flags, python, *(places[get_worker().name] if places else ()))
 
 
-def open_pool(pool, jobs, sbatch, memory):
+def open_pool(pool, jobs, slurm):
     """A Dask client, and the shares of its workers: on this machine, at an address, or on SLURM."""
     try:
         import dask
@@ -131,8 +131,8 @@ def open_pool(pool, jobs, sbatch, memory):
         return distributed.Client(pool, timeout="30s"), []
     if pool.startswith("slurm:"):
         cluster = dask_jobqueue.SLURMCluster(
-            cores=1, processes=1, memory=memory, python=sys.executable, job_extra_directives=sbatch,
-            worker_extra_args=["--memory-limit", "0"], scheduler_options=dict(dashboard_address=None),
+            cores=1, processes=1, python=sys.executable, worker_extra_args=["--memory-limit", "0"],
+            scheduler_options=dict(dashboard_address=None), **slurm,
         )  # fmt: skip
         cluster.adapt(maximum_jobs=min(int(pool[6:]), jobs), wait_count=30)  # replaces lost workers, frees idle ones
         return distributed.Client(cluster), []
@@ -150,9 +150,9 @@ def local_gpus():
     return visible.split(",") if visible else list(range(len(glob.glob("/dev/nvidia[0-9]*"))))
 
 
-def run_all(jobs, out, flags, pool, sbatch, memory):
+def run_all(jobs, out, flags, pool, slurm):
     """Run the jobs; returns {job: what went wrong}."""
-    client, places = open_pool(pool, len(jobs), sbatch, memory)
+    client, places = open_pool(pool, len(jobs), slurm)
     from distributed import as_completed
 
     failed = {}
@@ -213,7 +213,9 @@ def keep_flags(out, scripts, flags):
     known = json.loads(path.read_text()) if path.exists() else {}
     for script in scripts:
         if known.setdefault(script, flags) != flags:
-            sys.exit(f"error: {out} holds {script} with the flags {' '.join(known[script]) or '(none)'}: use another --out")
+            sys.exit(
+                f"error: {out} holds {script} with the flags {' '.join(known[script]) or '(none)'}: use another --out"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known, indent=2))
 
@@ -231,8 +233,9 @@ def main():
     parser.add_argument("--seeds-per-run", type=int, default=1, help="seeds side by side in one process (1)")
     parser.add_argument("--pool", default=str(max(len(local_gpus()), 1)),
                         help="workers on this machine (one per GPU), tcp://scheduler:port, or slurm:N")  # fmt: skip
-    parser.add_argument("--sbatch", action="append", default=[], help="slurm: a flag of sbatch, as --sbatch=--gres=gpu:1")
-    parser.add_argument("--memory", default="16GB", help="slurm: memory of a job (16GB)")
+    parser.add_argument("--sbatch", action="append", default=[], help="slurm: one more flag of sbatch")
+    parser.add_argument("--time", default="24:00:00", help="slurm: time limit of a worker, not of a run (24:00:00)")
+    parser.add_argument("--memory", default="16GB", help="slurm: memory of a worker (16GB)")
     parser.add_argument("--out", default="runs", help="folder for run folders (runs)")
     args = parser.parse_args(own)
     if min(args.seeds, args.seeds_per_run) < 1:
@@ -246,7 +249,8 @@ def main():
     failed = {}
     try:
         if missing:
-            failed = run_all(missing, out, flags, args.pool, args.sbatch, args.memory)
+            slurm = dict(walltime=args.time, memory=args.memory, job_extra_directives=args.sbatch)
+            failed = run_all(missing, out, flags, args.pool, slurm)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues")
     except (OSError, ValueError) as error:

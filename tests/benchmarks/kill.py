@@ -84,7 +84,9 @@ def main():
         if process.returncode:
             sys.exit("error: the undisturbed run failed")
         if writes < 2 * args.kills + 2:
-            sys.exit(f"error: {writes} checkpoints are too few for {args.kills} kills: give a smaller --checkpoint-every")
+            sys.exit(
+                f"error: {writes} checkpoints are too few for {args.kills} kills: give a smaller --checkpoint-every"
+            )
         print(f"undisturbed run: {writes} checkpoints, one in {gap:.2f} s", flush=True)
 
         for number in range(1, args.kills + 1):
