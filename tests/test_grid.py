@@ -25,7 +25,7 @@ number = len(starts.read_text()) if starts.exists() else 0
 starts.write_text("x" * (number + 1))
 print("start", number, "--resume" in sys.argv, os.environ.get("OMP_NUM_THREADS"))
 if flags["--mode"] == "fail":
-    sys.exit("first line\\nerror: the reason\\n")
+    sys.exit("first line\\n│ error: the reason │\\n╰───╯\\n")
 if flags["--mode"] == "die" or (flags["--mode"] == "die-once" and number == 0):
     os.kill(os.getpid(), signal.SIGKILL)
 for seed in (0, 1):
@@ -126,6 +126,8 @@ def test_other_flags_need_another_folder(tmp_path):
     grid.keep_flags(tmp_path, ["dtql"], ["--steps", "10"])
     grid.keep_flags(tmp_path, ["dtql"], ["--steps", "10"])
     grid.keep_flags(tmp_path, ["srpo"], [])
+    grid.keep_flags(tmp_path, ["srpo"], ["--tau", "1"])  # nothing was run yet
+    (tmp_path / "dtql").mkdir()
     with pytest.raises(SystemExit, match="dtql with the flags --steps 10"):
         grid.keep_flags(tmp_path, ["dtql"], ["--steps", "20"])
 

@@ -6,8 +6,8 @@
     python tests/benchmarks/grid.py --scripts dtql --envs hopper-medium-v2 --seeds 2 -- --steps 20000 --eval-every 5000
 
 Each job is one run of a script with --resume; what follows `--` goes to the scripts. Jobs wait in a queue until a
-worker is free. A job whose worker is lost goes to another and continues from its checkpoint. The same command given again
-runs only what is missing. <out>/grid.md and grid.json hold the table; <out>/logs what the scripts printed.
+worker is free. A job whose worker is lost goes to another and continues from its checkpoint. The same command given
+again runs only what is missing. <out>/grid.md and grid.json hold the table; <out>/logs what the scripts printed.
 
 The queue is Dask's: pip install distributed, for SLURM dask-jobqueue too. For a pool of machines that see the same
 folders start `dask scheduler` on one and `CUDA_VISIBLE_DEVICES=<k> dask worker tcp://host:8786 --nthreads 1
@@ -20,6 +20,7 @@ import glob
 import json
 import logging
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -101,8 +102,9 @@ def run_job(job, out, flags, python, mine=None, gpu=None):
                     break
     if job.done(out):
         return None
-    lines = job.log(out, "err").read_text().strip().splitlines()
-    return lines[-1] if lines else f"exit code {code}"
+    lines = [line.strip(" │") for line in job.log(out, "err").read_text().splitlines()]
+    words = [line for line in lines if re.search(r"\w", line)]  # some messages stand in a frame
+    return words[-1] if words else f"exit code {code}"
 
 
 def on_worker(job, out, flags, python, places):
@@ -136,7 +138,7 @@ def open_pool(pool, jobs, slurm):
         )  # fmt: skip
         cluster.adapt(maximum_jobs=min(int(pool[6:]), jobs), wait_count=30)  # replaces lost workers, frees idle ones
         return distributed.Client(cluster), []
-    workers = max(min(int(pool), jobs), 1)
+    workers = min(int(pool), jobs)
     cluster = distributed.LocalCluster(
         n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=logging.ERROR
     )
@@ -212,10 +214,10 @@ def keep_flags(out, scripts, flags):
     path = Path(out) / "flags.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     for script in scripts:
-        if known.setdefault(script, flags) != flags:
-            sys.exit(
-                f"error: {out} holds {script} with the flags {' '.join(known[script]) or '(none)'}: use another --out"
-            )
+        if known.get(script, flags) != flags and (Path(out) / script).exists():
+            earlier = " ".join(known[script]) or "(none)"
+            sys.exit(f"error: {out} holds runs of {script} with the flags {earlier}: use another --out")
+        known[script] = flags
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known, indent=2))
 
@@ -238,6 +240,8 @@ def main():
     parser.add_argument("--memory", default="16GB", help="slurm: memory of a worker (16GB)")
     parser.add_argument("--out", default="runs", help="folder for run folders (runs)")
     args = parser.parse_args(own)
+    if not re.fullmatch(r"[1-9]\d*|slurm:[1-9]\d*|\w+://.+:\d+", args.pool):
+        parser.error(f"--pool takes a number, slurm:N or tcp://host:port, found {args.pool}")
     if min(args.seeds, args.seeds_per_run) < 1:
         parser.error("--seeds and --seeds-per-run must be at least 1")
 
