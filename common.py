@@ -1555,18 +1555,16 @@ class Run:
             before, self.step = self.step, self.step + stride
             self.bar.update(stride)
             last = self.step == steps
-            due = {
-                every: last or self.step // every > before // every
+            log, evaluating, saving = (
+                last or self.step // every > before // every
                 for every in (args.log_every, args.eval_every, args.checkpoint_every)
-            }
-            evaluating = evaluate and due[args.eval_every] and args.eval_episodes > 0
-            saving = due[args.checkpoint_every] or evaluating or self.stop
-            if due[args.log_every] or saving:
+            )
+            evaluating = evaluate and evaluating and args.eval_episodes > 0
+            saving = saving or evaluating or self.stop
+            if log or saving:
                 self.record(steps, evaluating)
             if last:
-                self.done.append(phase)
-                if at_end:
-                    at_end()
+                self.complete(phase, at_end)
             if saving:
                 self.save()
             if self.stop:
@@ -1574,8 +1572,13 @@ class Run:
                 print(f"stopped at {phase} update {self.step:,} of {steps:,}; --resume continues", file=sys.stderr)
                 sys.exit(128 + self.stop)
         self.bar.close()
-        if not steps:
-            self.done.append(phase)
+        if steps == 0:
+            self.complete(phase, at_end)
+
+    def complete(self, phase, at_end):
+        self.done.append(phase)
+        if at_end:
+            at_end()
 
     def record(self, steps, evaluating):
         """One row of metrics.csv and TensorBoard per seed, and a line on the terminal."""
@@ -1692,8 +1695,7 @@ class Run:
             self.draw()
         if len(summaries) > 1:
             write_text(self.root / "summary.json", json.dumps(across_seeds(summaries), indent=2))
-        for summary in summaries:
-            print_summary(summary)
+        print_summary(summaries)
         behavior = self.data.episode_returns
         if len(behavior):
             mean, best = np.mean(behavior), np.max(behavior)
@@ -1724,12 +1726,17 @@ class Run:
         )
 
 
-def print_summary(summary):
-    for key, title in (("last", "last"), ("last_five", "last five"), ("best", "best")):
-        if "return" in summary:
-            text = f"return {summary['return'][key]:.1f}"
-            text += f" | D4RL score {summary['score'][key]:.1f}" if "score" in summary else ""
-            print(f"{title:<11} {text}  (seed {summary['seed']}, {summary['episodes']} episodes each)")
+def print_summary(summaries):
+    """The closing lines: for each seed its last evaluation, the mean of its last five and its best; then their mean."""
+    for when, title in (("last", "last"), ("last_five", "last five"), ("best", "best")):
+        for key in ("return", "score"):
+            if key in summaries[0]:
+                values = [summary[key][when] for summary in summaries]
+                text = f"{title:<11} {key if key == 'return' else 'D4RL score'} {np.mean(values):.1f}"
+                if len(values) > 1:
+                    each = ", ".join(f"{value:.1f}" for value in values)
+                    text += f" ± {np.std(values, ddof=1):.1f} over {len(values)} seeds ({each})"
+                print(text)
 
 
 def across_seeds(summaries):
