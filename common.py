@@ -1783,13 +1783,13 @@ def draw_curve(path, rows_of_seeds, key, run):
         left.axhline(np.mean(behavior), color="grey", linestyle="--", label="behaviour in the data")
     if run.published is not None and key == "score":
         left.axhline(float(str(run.published).split()[0]), color="C3", linestyle=":", label="paper")
-    left.set(xlabel=f"{run.phase} updates", ylabel="D4RL score" if key == "score" else "return", title=run.root.name)
+    left.set(xlabel=f"updates (phase: {run.phase})", ylabel="D4RL score" if key == "score" else "return", title=run.root.name)
     left.legend(fontsize=8)
     for name in dict.fromkeys(name for row in rows_of_seeds[0] for name in row if name.endswith("_loss")):
         points = [(row["step"], row[name]) for row in rows_of_seeds[0] if row["phase"] == run.phase and name in row]
         if points:
             right.plot(*zip(*points), label=name)
-    right.set(xlabel=f"{run.phase} updates", title="losses", yscale="symlog")
+    right.set(xlabel=f"updates (phase: {run.phase})", title="losses", yscale="symlog")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
