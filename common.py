@@ -1218,8 +1218,8 @@ def parse_args(Args, settings, proportional=(), doc=""):
     else:
         relative = nearest_settings(early.env, settings)
         table = settings.get(relative, {}) | dict(env=early.env)
-        if not {"-h", "--help"} & set(rest):
-            print(f"note: the paper did not run {early.env}; using its settings of {relative or 'no particular set'}")
+        if relative and not {"-h", "--help"} & set(rest):
+            print(f"note: no settings for {early.env} in this script; using those of {relative}")
     default = replace(Args(), **table)
     args = tyro.cli(Args, default=default, description=doc.strip().split("\n\n")[0])
     given = {token.split("=")[0].replace("_", "-") for token in rest}
@@ -1300,7 +1300,7 @@ class Metrics:
         self.sums[names][-1].add_(1)
 
     def read(self):
-        """The means since the last call, as a dict of floats; this waits for the device."""
+        """The means since the last call, as a dict of floats; on CUDA the device must be at rest."""
         means = {}
         for names, sums in self.sums.items():
             *totals, count = sums.tolist()
@@ -1555,18 +1555,16 @@ class Run:
             before, self.step = self.step, self.step + stride
             self.bar.update(stride)
             last = self.step == steps
-            due = {
-                every: last or self.step // every > before // every
+            log, evaluating, saving = (
+                last or self.step // every > before // every
                 for every in (args.log_every, args.eval_every, args.checkpoint_every)
-            }
-            evaluating = evaluate and due[args.eval_every] and args.eval_episodes > 0
-            saving = due[args.checkpoint_every] or evaluating or self.stop
-            if due[args.log_every] or saving:
+            )
+            evaluating = evaluate and evaluating and args.eval_episodes > 0
+            saving = saving or evaluating or self.stop
+            if log or saving:
                 self.record(steps, evaluating)
             if last:
-                self.done.append(phase)
-                if at_end:
-                    at_end()
+                self.complete(phase, at_end)
             if saving:
                 self.save()
             if self.stop:
@@ -1574,12 +1572,18 @@ class Run:
                 print(f"stopped at {phase} update {self.step:,} of {steps:,}; --resume continues", file=sys.stderr)
                 sys.exit(128 + self.stop)
         self.bar.close()
-        if not steps:
-            self.done.append(phase)
+        if steps == 0:
+            self.complete(phase, at_end)
+
+    def complete(self, phase, at_end):
+        self.done.append(phase)
+        if at_end:
+            at_end()
 
     def record(self, steps, evaluating):
         """One row of metrics.csv and TensorBoard per seed, and a line on the terminal."""
-        metrics = [learner.metrics.read() for learner in self.learners]  # waits for the device
+        self.wait()
+        metrics = [learner.metrics.read() for learner in self.learners]
         now, count = time.monotonic(), self.step - self.clock_step
         totals = self.speed.setdefault(self.phase, [0, 0.0])
         totals[0], totals[1] = totals[0] + count, totals[1] + now - self.clock
@@ -1599,7 +1603,13 @@ class Run:
         if evaluating:
             self.draw()
         self.show(steps, rate, metrics, evaluating)
+        self.wait()
         self.clock, self.clock_step = time.monotonic(), self.step
+
+    def wait(self):
+        """Let the streams of all learners come to rest before anything reads or resets what they write."""
+        if self.args.device.startswith("cuda"):
+            torch.cuda.synchronize(self.args.device)
 
     def evaluate(self, learner, seed):
         if self.envs is None:
@@ -1685,8 +1695,7 @@ class Run:
             self.draw()
         if len(summaries) > 1:
             write_text(self.root / "summary.json", json.dumps(across_seeds(summaries), indent=2))
-        for summary in summaries:
-            print_summary(summary)
+        print_summary(summaries)
         behavior = self.data.episode_returns
         if len(behavior):
             mean, best = np.mean(behavior), np.max(behavior)
@@ -1717,12 +1726,17 @@ class Run:
         )
 
 
-def print_summary(summary):
-    for key, title in (("last", "last"), ("last_five", "last five"), ("best", "best")):
-        if "return" in summary:
-            text = f"return {summary['return'][key]:.1f}"
-            text += f" | D4RL score {summary['score'][key]:.1f}" if "score" in summary else ""
-            print(f"{title:<11} {text}  (seed {summary['seed']}, {summary['episodes']} episodes each)")
+def print_summary(summaries):
+    """The closing lines: for each seed its last evaluation, the mean of its last five and its best; then their mean."""
+    for when, title in (("last", "last"), ("last_five", "last five"), ("best", "best")):
+        for key in ("return", "score"):
+            if key in summaries[0]:
+                values = [summary[key][when] for summary in summaries]
+                text = f"{title:<11} {key if key == 'return' else 'D4RL score'} {np.mean(values):.1f}"
+                if len(values) > 1:
+                    each = ", ".join(f"{value:.1f}" for value in values)
+                    text += f" ± {np.std(values, ddof=1):.1f} over {len(values)} seeds ({each})"
+                print(text)
 
 
 def across_seeds(summaries):
@@ -1769,13 +1783,13 @@ def draw_curve(path, rows_of_seeds, key, run):
         left.axhline(np.mean(behavior), color="grey", linestyle="--", label="behaviour in the data")
     if run.published is not None and key == "score":
         left.axhline(float(str(run.published).split()[0]), color="C3", linestyle=":", label="paper")
-    left.set(xlabel=f"{run.phase} updates", ylabel="D4RL score" if key == "score" else "return", title=run.root.name)
+    left.set(xlabel=f"updates (phase: {run.phase})", ylabel="D4RL score" if key == "score" else "return", title=run.root.name)
     left.legend(fontsize=8)
     for name in dict.fromkeys(name for row in rows_of_seeds[0] for name in row if name.endswith("_loss")):
         points = [(row["step"], row[name]) for row in rows_of_seeds[0] if row["phase"] == run.phase and name in row]
         if points:
             right.plot(*zip(*points), label=name)
-    right.set(xlabel=f"{run.phase} updates", title="losses", yscale="symlog")
+    right.set(xlabel=f"updates (phase: {run.phase})", title="losses", yscale="symlog")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -111,7 +111,7 @@ def test_lengths_keep_their_proportion_to_steps(monkeypatch):
 )
 def test_an_unlisted_env_gets_its_nearest_relative_and_says_so(monkeypatch, capsys, env, lr):
     assert parsed(monkeypatch, "--env", env).lr == lr
-    assert "note: the paper did not run" in capsys.readouterr().out
+    assert "note: no settings for" in capsys.readouterr().out
     assert parsed(monkeypatch, "--env", "walker2d-medium-v2").lr == 1.0
 
 

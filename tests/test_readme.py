@@ -1,0 +1,78 @@
+"""The README's code runs as printed."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+LEARNERS = dict(bdm_rebrac_sbc="BDM", cped="CPED", dac="DAC", dtql="DTQL", qdq="QDQ", srpo="SRPO")
+LEARNERS = {name: learner for name, learner in LEARNERS.items() if (ROOT / f"{name}.py").exists()}
+
+
+def block(marker):
+    """The Python block of the README that contains `marker`."""
+    return next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if marker in code)
+
+
+def run(command, folder):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_a_lifted_script_runs_with_the_twenty_lines(tmp_path):
+    code = block("class Data")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    (tmp_path / "common.py").write_text(code)
+    (tmp_path / "my_training.py").write_text(block("from common import Data"))
+    shutil.copy(ROOT / "dtql.py", tmp_path)
+    result = run(["my_training.py"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "tensor([[" in result.stdout and "actor_loss" in result.stdout
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_script_lifts(name, tmp_path):
+    """Each script imports and builds its learner on the twenty lines, and nothing else of this project."""
+    (tmp_path / "common.py").write_text(block("class Data"))
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = f"""
+import torch, common, {name}
+columns = dict(obs=(9, 3), action=(9, 2), reward=(9,), next_obs=(9, 3), next_action=(9, 2), terminal=(9,))
+data = common.Data(**{{key: torch.rand(shape) for key, shape in columns.items()}})
+learner = {name}.{LEARNERS[name]}({name}.Args(device="cpu"), data, 0)
+with torch.no_grad():
+    print(learner.act(torch.zeros(1, 3), learner.generator).shape)
+"""
+    result = run(["-c", code], tmp_path)
+    assert result.returncode == 0 and "[1, 2]" in result.stdout, result.stderr
+
+
+def test_loading_a_policy(tmp_path, monkeypatch):
+    flags = "--env pendulum-demo-medium --steps 10 --eval-episodes 1 --out runs --device cpu"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dtql.py", *flags.split()])
+    importlib.import_module("common").cli(importlib.import_module("dtql").main)
+    code = block("load_policy").replace("halfcheetah-demo-medium-replay", "pendulum-demo-medium")
+    (tmp_path / "act.py").write_text(code)
+    result = subprocess.run([sys.executable, "act.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert -2000 < float(result.stdout.split()[-1]) < 0
+
+
+def test_every_command_of_the_readme_parses():
+    """Each `python <script>.py ...` line names an existing script and flags that it has."""
+    commands = re.findall(r"^(?:\.venv/bin/)?python (\w+)\.py(.*?)(?:\s#.*)?$", README, flags=re.M)
+    assert commands
+    for name, flags in commands:
+        args = vars(importlib.import_module(name).Args())
+        for flag in set(re.findall(r"--([\w-]+)", flags)) - {"help"}:
+            field = flag.replace("-", "_")
+            assert field in args or field.removeprefix("no_") in args, f"{name}.py --{flag}"
