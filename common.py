@@ -40,7 +40,6 @@ from typing import ClassVar, NamedTuple
 
 import gymnasium
 import h5py
-import matplotlib
 import mujoco
 import numpy as np
 import torch
@@ -48,11 +47,9 @@ import tyro
 from gymnasium import spaces
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.envs.registration import EnvSpec
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Facts: where the public datasets are, what their files must look like, and how returns become scores
@@ -1769,7 +1766,8 @@ def interquartile_mean(values):
 
 def draw_curve(path, rows_of_seeds, key, run):
     """Score over updates, with the data's and the paper's level, beside the losses; a line per seed and their mean."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     curves = [[(row["step"], row[key]) for row in rows if key in row] for rows in rows_of_seeds]
     for curve in curves:
         left.plot(*zip(*curve), ".-", color="C0", alpha=1 if len(curves) == 1 else 0.3, label="one seed")
@@ -1783,7 +1781,9 @@ def draw_curve(path, rows_of_seeds, key, run):
         left.axhline(np.mean(behavior), color="grey", linestyle="--", label="behaviour in the data")
     if run.published is not None and key == "score":
         left.axhline(float(str(run.published).split()[0]), color="C3", linestyle=":", label="paper")
-    left.set(xlabel=f"updates (phase: {run.phase})", ylabel="D4RL score" if key == "score" else "return", title=run.root.name)
+    left.set(
+        xlabel=f"updates (phase: {run.phase})", ylabel="D4RL score" if key == "score" else "return", title=run.root.name
+    )
     left.legend(fontsize=8)
     for name in dict.fromkeys(name for row in rows_of_seeds[0] for name in row if name.endswith("_loss")):
         points = [(row["step"], row[name]) for row in rows_of_seeds[0] if row["phase"] == run.phase and name in row]
@@ -1792,16 +1792,15 @@ def draw_curve(path, rows_of_seeds, key, run):
     right.set(xlabel=f"updates (phase: {run.phase})", title="losses", yscale="symlog")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def save_figure(path, *draw, size=4.5):
     """A PNG with one square panel for each function in `draw`, which is given its axes."""
-    figure, axes = plt.subplots(1, len(draw), figsize=(size * len(draw), size), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(size * len(draw), size), layout="constrained")
+    axes = figure.subplots(1, len(draw), squeeze=False)
     for panel, function in zip(axes[0], draw):
         function(panel)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def read_csv(path):
