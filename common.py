@@ -1224,6 +1224,8 @@ def parse_args(Args, settings, proportional=(), doc=""):
         if "--" + field.replace("_", "-") not in given:
             setattr(args, field, round(getattr(default, field) * args.steps / default.steps))
     check_args(args)
+    if args.device == "cpu" and args.env.startswith((*BUILT_IN, "bandit-")):
+        torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much on a busy machine
     return args
 
 
