@@ -40,7 +40,6 @@ from typing import ClassVar, NamedTuple
 
 import gymnasium
 import h5py
-import matplotlib
 import mujoco
 import numpy as np
 import torch
@@ -48,11 +47,9 @@ import tyro
 from gymnasium import spaces
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.envs.registration import EnvSpec
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Facts: where the public datasets are, what their files must look like, and how returns become scores
@@ -1227,6 +1224,8 @@ def parse_args(Args, settings, proportional=(), doc=""):
         if "--" + field.replace("_", "-") not in given:
             setattr(args, field, round(getattr(default, field) * args.steps / default.steps))
     check_args(args)
+    if args.device == "cpu" and args.env.startswith((*BUILT_IN, "bandit-")):
+        torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much on a busy machine
     return args
 
 
@@ -1555,18 +1554,16 @@ class Run:
             before, self.step = self.step, self.step + stride
             self.bar.update(stride)
             last = self.step == steps
-            due = {
-                every: last or self.step // every > before // every
+            log, evaluating, saving = (
+                last or self.step // every > before // every
                 for every in (args.log_every, args.eval_every, args.checkpoint_every)
-            }
-            evaluating = evaluate and due[args.eval_every] and args.eval_episodes > 0
-            saving = due[args.checkpoint_every] or evaluating or self.stop
-            if due[args.log_every] or saving:
+            )
+            evaluating = evaluate and evaluating and args.eval_episodes > 0
+            saving = saving or evaluating or self.stop
+            if log or saving:
                 self.record(steps, evaluating)
             if last:
-                self.done.append(phase)
-                if at_end:
-                    at_end()
+                self.complete(phase, at_end)
             if saving:
                 self.save()
             if self.stop:
@@ -1574,8 +1571,13 @@ class Run:
                 print(f"stopped at {phase} update {self.step:,} of {steps:,}; --resume continues", file=sys.stderr)
                 sys.exit(128 + self.stop)
         self.bar.close()
-        if not steps:
-            self.done.append(phase)
+        if steps == 0:
+            self.complete(phase, at_end)
+
+    def complete(self, phase, at_end):
+        self.done.append(phase)
+        if at_end:
+            at_end()
 
     def record(self, steps, evaluating):
         """One row of metrics.csv and TensorBoard per seed, and a line on the terminal."""
@@ -1692,8 +1694,7 @@ class Run:
             self.draw()
         if len(summaries) > 1:
             write_text(self.root / "summary.json", json.dumps(across_seeds(summaries), indent=2))
-        for summary in summaries:
-            print_summary(summary)
+        print_summary(summaries)
         behavior = self.data.episode_returns
         if len(behavior):
             mean, best = np.mean(behavior), np.max(behavior)
@@ -1724,12 +1725,17 @@ class Run:
         )
 
 
-def print_summary(summary):
-    for key, title in (("last", "last"), ("last_five", "last five"), ("best", "best")):
-        if "return" in summary:
-            text = f"return {summary['return'][key]:.1f}"
-            text += f" | D4RL score {summary['score'][key]:.1f}" if "score" in summary else ""
-            print(f"{title:<11} {text}  (seed {summary['seed']}, {summary['episodes']} episodes each)")
+def print_summary(summaries):
+    """The closing lines: for each seed its last evaluation, the mean of its last five and its best; then their mean."""
+    for when, title in (("last", "last"), ("last_five", "last five"), ("best", "best")):
+        for key in ("return", "score"):
+            if key in summaries[0]:
+                values = [summary[key][when] for summary in summaries]
+                text = f"{title:<11} {key if key == 'return' else 'D4RL score'} {np.mean(values):.1f}"
+                if len(values) > 1:
+                    each = ", ".join(f"{value:.1f}" for value in values)
+                    text += f" ± {np.std(values, ddof=1):.1f} over {len(values)} seeds ({each})"
+                print(text)
 
 
 def across_seeds(summaries):
@@ -1762,7 +1768,8 @@ def interquartile_mean(values):
 
 def draw_curve(path, rows_of_seeds, key, run):
     """Score over updates, with the data's and the paper's level, beside the losses; a line per seed and their mean."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     curves = [[(row["step"], row[key]) for row in rows if key in row] for rows in rows_of_seeds]
     for curve in curves:
         left.plot(*zip(*curve), ".-", color="C0", alpha=1 if len(curves) == 1 else 0.3, label="one seed")
@@ -1776,25 +1783,26 @@ def draw_curve(path, rows_of_seeds, key, run):
         left.axhline(np.mean(behavior), color="grey", linestyle="--", label="behaviour in the data")
     if run.published is not None and key == "score":
         left.axhline(float(str(run.published).split()[0]), color="C3", linestyle=":", label="paper")
-    left.set(xlabel=f"{run.phase} updates", ylabel="D4RL score" if key == "score" else "return", title=run.root.name)
+    left.set(
+        xlabel=f"updates (phase: {run.phase})", ylabel="D4RL score" if key == "score" else "return", title=run.root.name
+    )
     left.legend(fontsize=8)
     for name in dict.fromkeys(name for row in rows_of_seeds[0] for name in row if name.endswith("_loss")):
         points = [(row["step"], row[name]) for row in rows_of_seeds[0] if row["phase"] == run.phase and name in row]
         if points:
             right.plot(*zip(*points), label=name)
-    right.set(xlabel=f"{run.phase} updates", title="losses", yscale="symlog")
+    right.set(xlabel=f"updates (phase: {run.phase})", title="losses", yscale="symlog")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def save_figure(path, *draw, size=4.5):
     """A PNG with one square panel for each function in `draw`, which is given its axes."""
-    figure, axes = plt.subplots(1, len(draw), figsize=(size * len(draw), size), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(size * len(draw), size), layout="constrained")
+    axes = figure.subplots(1, len(draw), squeeze=False)
     for panel, function in zip(axes[0], draw):
         function(panel)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def read_csv(path):
