@@ -713,7 +713,7 @@ def main():
     run = Run(args, learners, data, __file__, PUBLISHED.get(args.env), PROTOCOL)
 
     def at_end():
-        if args.init_from_teacher:
+        if args.init_from_teacher and not args.reuse:
             for learner in learners:
                 learner.start_from_teacher()
 
