@@ -675,7 +675,7 @@ def run_folder(tmp_path, out="a"):
 
 
 def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path):
-    first = start("--score-steps", 3, "--consistency-steps", 5, draw=True)["learner"]
+    first = start("--score-steps", 3, "--consistency-steps", 10, draw=True)["learner"]
     assert {"returns.png", "uncertainty.png"} <= {path.name for path in run_folder(tmp_path).iterdir()}
     second = start("--reuse", run_folder(tmp_path), "--init-from-teacher", out="b")["learner"]
     for name in ("score", "consistency", "consistency_target"):
