@@ -13,7 +13,7 @@ far from the data. Where they spread most, the target of the critic is made smal
 
     returns     G(s_b, a_b) = sum_{i < 200} gamma^i r_{b+i},  a window every 10 steps, scaled to x in [-1, 1]     Eq. 5
     score       L = E w(t) (D(x + t z, t | s, a) - x)^2
-    distill     L = E (f(x_t, t | s, a) - f'(x^, t' | s, a))^2,  x^ one Heun step of D from x_t to t' < t
+    consistency L = E (f(x_t, t | s, a) - f'(x^, t' | s, a))^2,  x^ one Heun step of D from x_t to t' < t
     uncertainty H(s, a) = std of Q_1..Q_n,  Q_j = f(80 z_j, 80 | s, a) in units of the return                     Eq. 6
     target      Q_L = Q / H on the uncertain set U, beta Q off it;  U = {H > its beta-quantile in the batch}      Eq. 8
     critic      L = alpha E (r + gamma Q' - Q)^2 + (1 - alpha) E (r + gamma Q_L' - Q)^2                           Eq. 7
@@ -32,7 +32,7 @@ agree with each other; Tables G.1 and G.2 of the paper do not):
  3. Eq. 8 has beta Q off U; the code's AntMaze has Q there, and in five sets 1 + 0.1 (1 - 1/H) on U: --penalty.
  4. Eq. 9 draws a from pi; the code takes its mean. AntMaze but umaze-diverse extracts the policy by AWR: --actor-loss.
  5. The target action is the target policy's mean with TD3 noise; the code also draws it from the policy where w_bc > 0
-    (in antmaze-medium-diverse this is all that w_bc does): --no-target-sample.
+    (in antmaze-medium-diverse this is all that w_bc does), here a setting of its own: --no-target-sample.
  6. Eq. 6 divides by n - 1, the code by n, as here. Eq. 5 discounts from the start of the episode, the code from the
     start of the window. An episode of up to 200 steps gives one window, a longer one at most 100.
  7. Three hidden layers in the paper; AntMaze has two, and LayerNorm in the critic for the large mazes. Gradient
@@ -72,6 +72,7 @@ from common import (
     load_dataset,
     parse_args,
     save_figure,
+    set_state,
 )
 
 
@@ -380,7 +381,7 @@ def heun_step(denoiser, x, t, t_next, obs_action):
     return x + (t_next - t) * (slope + slope_next) / 2
 
 
-def distill_loss(student, average, teacher, x, obs_action, levels, generator):
+def consistency_loss(student, average, teacher, x, obs_action, levels, generator):
     """E (f(x_t, t | s, a) - f'(x^, t' | s, a))^2 at neighbouring levels t > t'."""
     i = torch.randint(1, len(levels) - 1, (len(x), 1), device=x.device, generator=generator)  # not t_0 (difference 9)
     t, t_next = levels[i], levels[i + 1]
@@ -500,13 +501,14 @@ class QDQ:
         self.score_count = torch.zeros((), device=device)  # updates so far, for the learning rates
         self.consistency_count = torch.zeros((), device=device)
         self.actor_count = torch.zeros((), device=device)
-        self.state = dict(score=self.score, score_opt=self.score_opt, consistency=self.consistency,
-                          consistency_target=self.consistency_target, consistency_opt=self.consistency_opt,
-                          critic=self.critic, critic_target=self.critic_target, critic_opt=self.critic_opt,
-                          actor=self.actor, actor_target=self.actor_target, actor_opt=self.actor_opt,
-                          q_range=self.q_range, score_count=self.score_count,
-                          consistency_count=self.consistency_count, actor_count=self.actor_count,
-                          generator=self.generator)  # fmt: skip
+        self.state = dict(
+            score=self.score, score_opt=self.score_opt, score_count=self.score_count,
+            consistency=self.consistency, consistency_target=self.consistency_target,
+            consistency_opt=self.consistency_opt, consistency_count=self.consistency_count,
+            critic=self.critic, critic_target=self.critic_target, critic_opt=self.critic_opt,
+            actor=self.actor, actor_target=self.actor_target, actor_opt=self.actor_opt, actor_count=self.actor_count,
+            q_range=self.q_range, generator=self.generator,
+        )  # fmt: skip
 
     def use_returns(self, q_rows, q_range):
         """Take D_Q (see `return_dataset`) as training data of the first two phases."""
@@ -519,7 +521,7 @@ class QDQ:
         rows = self.q_rows[torch.randint(n, shape, device=device, generator=self.generator)]
         return rows[:, :-1], rows[:, -1:]
 
-    def train_score(self):
+    def score_update(self):
         """One update of the score model."""
         set_lr(self.score_opt, self.args.score_lr * cosine(self.score_count, self.args.score_steps))
         obs_action, x = self.sample_q_rows()
@@ -530,23 +532,23 @@ class QDQ:
         self.score_count.add_(1)
         self.metrics.add(score_loss=loss)
 
-    def distill(self):
+    def consistency_update(self):
         """Five updates of the consistency model; its moving average follows after the first."""
         for i in range(5):
             factor = cosine(self.consistency_count, self.args.consistency_steps) * rectified(self.consistency_count)
             set_lr(self.consistency_opt, self.args.consistency_lr * factor)
             obs_action, x = self.sample_q_rows()
             nets = self.consistency, self.consistency_target, self.score
-            loss = distill_loss(*nets, x, obs_action, self.levels, self.generator)
+            loss = consistency_loss(*nets, x, obs_action, self.levels, self.generator)
             self.consistency_opt.zero_grad()
             loss.backward()
             self.consistency_opt.step()
             self.consistency_count.add_(1)
-            self.metrics.add(distill_loss=loss)
+            self.metrics.add(consistency_loss=loss)
             if i == 0:
                 move(self.consistency_target, self.consistency, self.args.consistency_tau)
 
-    def update(self):
+    def policy_update(self):
         """Two iterations of Algorithm 1; actor and targets move in the first."""
         batch = self.data.sample(self.args.batch_size, self.generator)
         self.critic_step(batch)
@@ -614,22 +616,21 @@ class QDQ:
         self.consistency.load_state_dict(self.score.state_dict())
         self.consistency_target.load_state_dict(self.score.state_dict())
 
-    def reuse(self, folder):
-        """Take score model, consistency model, Qmin and Qmax of the run in `folder`."""
-        checkpoint = load_checkpoint(folder, self.args.device)
-        if "distill" not in checkpoint["done"]:
-            raise UserError(f"--reuse {folder}: no run of qdq.py with a finished consistency model")
-        parts = {name: checkpoint["learner"][name] for name in ("score", "consistency", "consistency_target")}
-        try:
-            for name, part in parts.items():
-                getattr(self, name).load_state_dict(part)
-        except RuntimeError:
-            raise UserError(f"--reuse {folder}: models of other observations, actions or --return-hidden") from None
-        q_range = checkpoint["learner"]["q_range"]
-        if not torch.allclose(q_range, self.q_range, rtol=1e-3, atol=1e-3):
-            theirs, ours = ("{:.2f} to {:.2f}".format(*values.tolist()) for values in (q_range, self.q_range))
-            raise UserError(f"--reuse {folder}: trained on truncated returns from {theirs}, these are from {ours}")
-        self.q_range.copy_(q_range)
+
+def reuse_models(learner, folder):
+    """Take score and consistency model, Qmin and Qmax from the run in `folder`, of whatever seed."""
+    checkpoint = load_checkpoint(folder, learner.args.device)
+    if "consistency" not in checkpoint["done"]:
+        raise UserError(f"--reuse: {folder} is no run of this script with a finished consistency model")
+    theirs, ours = checkpoint["learner"]["q_range"], learner.q_range
+    if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
+        theirs, ours = ("{:.2f} to {:.2f}".format(*values.tolist()) for values in (theirs, ours))
+        raise UserError(f"--reuse: {folder} learned truncated returns from {theirs}, those of this run are from {ours}")
+    parts = ("score", "consistency", "consistency_target", "q_range")
+    try:
+        set_state({name: learner.state[name] for name in parts}, checkpoint["learner"])
+    except RuntimeError:
+        raise UserError(f"--reuse: {folder} has models of other observations, actions or --return-hidden") from None
 
 
 def draw_returns(learner, path):
@@ -709,7 +710,7 @@ def main():
     for learner in learners:
         learner.use_returns(q_rows, q_range)
         if args.reuse:
-            learner.reuse(args.reuse)
+            reuse_models(learner, args.reuse)
     run = Run(args, learners, data, __file__, PUBLISHED.get(args.env), PROTOCOL)
 
     def at_end():
@@ -717,17 +718,17 @@ def main():
             for learner in learners:
                 learner.start_from_teacher()
 
-    update = capture(learners, "train_score")
-    for _ in run.updates("train_score", args.score_steps, at_end=at_end):
+    update = capture(learners, "score_update")
+    for _ in run.updates("score", args.score_steps, at_end=at_end):
         update()
-    update = capture(learners, "distill")
-    for _ in run.updates("distill", args.consistency_steps, stride=5):
+    update = capture(learners, "consistency_update")
+    for _ in run.updates("consistency", args.consistency_steps, stride=5):
         update()
     for learner, folder in zip(learners, run.folders):
         draw_returns(learner, folder / "returns.png")
         draw_uncertainty(learner, data, folder / "uncertainty.png")
-    update = capture(learners, "update")
-    for _ in run.updates("update", args.steps, stride=2, evaluate=True):
+    update = capture(learners, "policy_update")
+    for _ in run.updates("policy", args.steps, stride=2, evaluate=True):
         update()
     run.finish()
 

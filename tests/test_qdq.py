@@ -12,7 +12,7 @@ from torch import nn
 
 import common
 import qdq
-from qdq import QDQ, Args, ConsistencyModel, ScoreModel, distill_loss, noise_levels, truncated_returns
+from qdq import QDQ, Args, ConsistencyModel, ScoreModel, consistency_loss, noise_levels, truncated_returns
 
 F64 = torch.float64
 
@@ -226,7 +226,7 @@ def test_distillation_draws_every_level_but_the_ends():
         return lambda x, t, obs_action: seen.setdefault(name, t) * 0 + x
 
     x = torch.zeros(5000, 1)
-    distill_loss(record("student"), record("target"), exact_denoiser(0.0, 1.0), x, None, levels, generator())
+    consistency_loss(record("student"), record("target"), exact_denoiser(0.0, 1.0), x, None, levels, generator())
     index = {name: torch.searchsorted(-levels, -t.squeeze(1)) for name, t in seen.items()}
     assert index["student"].unique().tolist() == list(range(1, 11))
     assert torch.equal(index["target"], index["student"] + 1)
@@ -237,14 +237,14 @@ def test_distillation_loss_of_the_exact_flow(n, low, high):
     """Float64, data N(.3, .1^2): only Heun's error is left (2.8e-17 and 1.5e-6); Euler has 6e-13 and 7e-6."""
     x = 0.3 + 0.1 * torch.randn(100_000, 1, dtype=F64, generator=generator(1))
     flow, teacher = exact_consistency(0.3, 0.1), exact_denoiser(0.3, 0.1)
-    loss = distill_loss(flow, flow, teacher, x, None, noise_levels(n), generator())
+    loss = consistency_loss(flow, flow, teacher, x, None, noise_levels(n), generator())
     assert low <= loss.item() <= high
 
 
 def test_distillation_moves_only_the_student():
     x, pair = torch.randn(32, 1), torch.randn(32, 4)
     student, average, teacher = ConsistencyModel(4, 16), ConsistencyModel(4, 16), ScoreModel(4, 16)
-    distill_loss(student, average, teacher, x, pair, noise_levels(10).float(), generator()).backward()
+    consistency_loss(student, average, teacher, x, pair, noise_levels(10).float(), generator()).backward()
     assert all(weight.grad is not None for weight in student.parameters())
     assert all(weight.grad is None for net in (average, teacher) for weight in net.parameters())
 
@@ -497,7 +497,7 @@ def test_targets_and_actor_move_on_every_second_update(monkeypatch):
         for weight in net.parameters():
             weight.data.fill_(value)
     for _ in range(100):
-        learner.update()  # two updates
+        learner.policy_update()  # two updates
     assert learner.actor_count == 100
     assert all(torch.allclose(w, torch.tensor(1 - 0.995**100), atol=1e-5) for w in learner.critic_target.parameters())
     actor = torch.cat([weight.flatten() for weight in learner.actor.parameters()])
@@ -506,7 +506,7 @@ def test_targets_and_actor_move_on_every_second_update(monkeypatch):
 
     for name in ("critic_step", "actor_step"):
         monkeypatch.setattr(learner, name, lambda batch, name=name: calls.append(name))
-    learner.update()
+    learner.policy_update()
     assert calls == ["critic_step", "actor_step", "critic_step"]
 
 
@@ -516,7 +516,7 @@ def test_the_consistency_average_moves_on_every_fifth_update():
         for weight in net.parameters():
             weight.data.fill_(value)
     for _ in range(40):
-        learner.distill()  # five updates
+        learner.consistency_update()  # five updates
     assert learner.consistency_count == 200
     assert all(
         torch.allclose(w, torch.tensor(1 - 0.995**40), atol=1e-5) for w in learner.consistency_target.parameters()
@@ -530,16 +530,16 @@ def test_learning_rates():
         return opt.param_groups[0]["lr"].item()
 
     learner.actor_count.fill_(499_999)
-    learner.update()
+    learner.policy_update()
     assert rate(learner.actor_opt) == pytest.approx(1.5e-4, abs=1e-9) and rate(learner.critic_opt) == pytest.approx(
         3e-4
     )
     for count, factor in ((0, 1.0), (50, 0.5), (99, 0.5 * (1 + math.cos(0.99 * math.pi)))):
         learner.score_count.fill_(count)
-        learner.train_score()
+        learner.score_update()
         assert rate(learner.score_opt) == pytest.approx(5e-4 * factor, rel=1e-3)
     learner.consistency_count.fill_(95)  # the last of five updates is number 99
-    learner.distill()
+    learner.consistency_update()
     rectified = qdq.rectified(torch.tensor(99.0)).item()
     assert rate(learner.consistency_opt) == pytest.approx(4e-4 * factor * rectified, rel=1e-3)
 
@@ -614,9 +614,9 @@ def test_fourier_frequencies_never_change():
     learner = make_learner()
     before = learner.score.freqs.clone(), learner.consistency.freqs.clone()
     score = snapshot(learner.score)
-    learner.train_score()
+    learner.score_update()
     assert not same(learner.score, score)
-    learner.distill()
+    learner.consistency_update()
     assert torch.equal(learner.score.freqs, before[0]) and torch.equal(learner.consistency.freqs, before[1])
     assert torch.equal(learner.consistency_target.freqs, before[1])
 
@@ -683,7 +683,7 @@ def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path):
     assert torch.equal(first["q_range"], second["q_range"]) and second["score_count"] == 0 < first["score_count"]
     assert second["consistency_count"] == 0 and second["actor_count"] == 2
     rows = common.read_csv(run_folder(tmp_path, "b") / "metrics.csv")
-    assert {row["phase"] for row in rows} == {"update"}
+    assert {row["phase"] for row in rows} == {"policy"}
     start("--reuse", run_folder(tmp_path, "b"), out="c")  # a run that reused can be reused
 
 
@@ -707,13 +707,13 @@ def test_reuse_refuses_a_run_without_finished_model(start, tmp_path):
     start("--score-steps", 1, "--consistency-steps", 5)
     path = run_folder(tmp_path) / "checkpoint.pt"
     checkpoint = torch.load(path, weights_only=True)
-    torch.save(checkpoint | dict(done=["train_score"]), path)
-    with pytest.raises(common.UserError, match="no run of qdq.py with a finished consistency model"):
+    torch.save(checkpoint | dict(done=["score"]), path)
+    with pytest.raises(common.UserError, match="no run of this script with a finished consistency model"):
         start("--reuse", run_folder(tmp_path), out="b")
 
 
 def test_init_from_teacher_by_its_flag(start, monkeypatch):
-    monkeypatch.setattr(QDQ, "distill", lambda learner: None)
+    monkeypatch.setattr(QDQ, "consistency_update", lambda learner: None)
     learned = start("--score-steps", 3, "--consistency-steps", 5, "--init-from-teacher")["learner"]
     assert all(torch.equal(learned["consistency"][key], value) for key, value in learned["score"].items())
     learned = start("--score-steps", 3, "--consistency-steps", 5, "--no-init-from-teacher", out="b")["learner"]
