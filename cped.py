@@ -1,0 +1,595 @@
+"""Constrained Policy optimization with Explicit behavior Density (CPED)
+
+Jing Zhang, Chi Zhang, Wenjia Wang, Bing-Yi Jing: "Constrained Policy Optimization with Explicit Behavior Density for
+Offline Reinforcement Learning", NeurIPS 2023, arXiv:2301.12130. Official code: github.com/evalarzj/cped, d19beb4.
+
+    python cped.py                              # built-in HalfCheetah data, three minutes on two CPU cores
+    python cped.py --env hopper-medium-v2       # the paper's run
+
+A flow-GAN learns the density p(s, a) of the data and is frozen. Then TD3 climbs Q where that density is high.
+
+    flow          z = f(x), x = [s, a]: four additive couplings (NICE), then a scale exp(sigma) per coordinate
+    density       -log p(x) = sum_j [2 softplus(z_j) - z_j] - sum_j sigma_j          (logistic prior)
+    discriminator min E D(f^-1(z)) - E D(x) + w_gp E (|grad D| - 1)^2                (WGAN-GP)
+    flow-GAN      min -w_gan E D(f^-1(z)) - E log p(x), one step for five of D       Eq. 4
+    critic        min E (Q_i(s, a) - y)^2, y = r + gamma min_i Q_i'(s', pi'(s') + clipped noise)
+    actor         max E min_i Q_i(s, pi(s)) subject to -log p(s, pi(s)) < epsilon    Eq. 7
+    as trained    min alpha(t) E [log p(s, a) - log p(s, pi(s))] - 1(t >= t_Q) E min_i Q_i(s, pi(s))
+
+Phase 1 ("behavior"): --behavior-steps updates of D, with a fifth as many of the flow. Phase 2 ("policy"): --steps
+updates, t = 0, 1, ...: the actor first follows the density alone, the critics join at t = --critic-start, Q at t_Q =
+--q-start. These lengths keep their proportion to --steps, and alpha(t) changes at fractions of it. The paper's lengths:
+500,000 + 1,000,000 for MuJoCo; AntMaze has 1,000,000 in all.
+
+Differences between paper, official code and this file (which follows the code unless a flag is named):
+ 1. Paper: dual gradient descent on alpha (Alg. 1). Code: a table alpha(t), and for epsilon the density of the data's
+    own action, which has no gradient. Here the table, or --alpha-mode dual, where alpha <- max(0, alpha + lr E [-log
+    p(s, pi(s)) - epsilon]) from t_Q on, and epsilon is that of the data's action unless --epsilon gives a number.
+ 2. The paper writes the flow as a map of actions, the code takes [s, a]: --density conditional models p(a | s).
+ 3. Alg. 1 goes on training the flow-GAN beside the policy; the code and this file freeze it.
+ 4. Alg. 1 updates actor and targets at every update (--policy-delay 1), and actor and critics from the start
+    (--critic-start 0 --q-start 0).
+ 5. The code's alpha counts updates from the start of phase 1, with one absolute threshold: it is 0 for one update and
+    negative if phase 1 is shorter than 400,000. Here it counts from the start of phase 2, for any length. The code
+    changes some values one actor update later, and AntMaze's first actor update has alpha = 0.5.
+ 6. The code's sampler applies exp(-sigma) after undoing the couplings, so it is not the inverse of its density once
+    sigma differs from 0. Here it is exact; only the GAN term sees this.
+ 7. Couplings end in a LeakyReLU (original NICE and flow-GAN: linear).
+ 8. D has S + A outputs: their mean is the loss, their sum is what the gradient penalty takes. The penalty's points lie
+    at u x + (1 - u) G(z) with u ~ N(0, 1) and its weight is 0.5 (WGAN-GP: one output, u uniform, 10).
+ 9. Adam for the flow has betas (0.9, 0.01) and eps 1e-4.
+10. TD3 clamps the noisy target action to the action box and lets the actor climb Q1; here no clamp, and min(Q1, Q2).
+11. Updates of D and flow are skipped where the loss is not finite, those of the actor also where it exceeds 1e7
+    (`actor_skipped` is their share). The code goes on for ever; here such a loss ends the run at the next log line
+    unless it is finite.
+12. Time limits: the code drops every 1000th row of a stretch without terminals, so that AntMaze's shorter episodes run
+    into each other. So here, on the paper's datasets; --use-timeouts takes the file's own time limits.
+13. Corrected: every call of the code's flow resets the global random generators; at zero its penalty has a NaN
+    gradient; the last policy is never evaluated. Targets start as copies, as they do in effect after its phase 1.
+14. AntMaze-large: the code's notes say 400,000 or 500,000 updates of phase 1 (and type 300,000): 400,000 here. An
+    earlier code of the authors (rl-study-group/rl_study_cped) has other schedules and two couplings: not followed.
+
+To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
+`Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; the README has 20 lines.
+"""
+
+import copy
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import Dataset, Metrics, Run, UserError, capture, cli, evaluate_run, load_dataset, parse_args, save_figure
+
+
+@dataclass
+class Args:
+    env: str = "halfcheetah-demo-medium-replay"
+    """Dataset: a D4RL or Minari id, a built-in set or a bandit; `--env help` lists them."""
+    seed: tuple[int, ...] = (0,)
+    """Random seeds; several train side by side on one copy of the data."""
+    steps: int = 1_000_000
+    """Updates of the last phase; other lengths keep the paper's proportion to it unless given."""
+    batch_size: int = 256
+    """Transitions per update."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<k>."""
+    eval_every: int = 50_000
+    """Updates between evaluations."""
+    eval_episodes: int = 10
+    """Episodes per evaluation; 0 for none."""
+    log_every: int = 1_000
+    """Updates between rows of metrics.csv."""
+    checkpoint_every: int = 10_000
+    """Updates between checkpoints."""
+    out: str = "runs"
+    """Folder for run folders: <out>/<script>/<env>/seed<k>."""
+    resume: bool = False
+    """Continue from the checkpoint in the run folder."""
+    data_path: str | None = None
+    """A local D4RL-style .hdf5, an .npz or a Minari folder; --env then names the environment."""
+    evaluate: str | None = None
+    """Folder of a finished run: score its policy again instead of training."""
+    video: bool = False
+    """With --evaluate: film one episode."""
+    wandb: bool = False
+    """Log to Weights & Biases too."""
+
+    # CPED
+    behavior_steps: int = 500_000
+    """Updates of the first phase: of the discriminator, with a fifth as many of the flow."""
+    critic_start: int = 30_000
+    """Update of the second phase from which the critics learn."""
+    q_start: int = 50_000
+    """Update of the second phase from which the actor climbs Q (t_Q)."""
+    gamma: float = 0.99
+    """Discount."""
+    behavior_lr: float = 1e-4
+    """Learning rate of flow and discriminator."""
+    critic_lr: float = 3e-4
+    """Learning rate of Q."""
+    actor_lr: float = 1e-4
+    """Learning rate of the actor."""
+    tau: float = 0.005
+    """Rate of the target networks (kappa in Alg. 1)."""
+    policy_delay: int = 2
+    """Critic updates for each update of actor and targets."""
+    target_noise: float = 0.2
+    """Standard deviation of the noise on target actions."""
+    noise_clip: float = 0.5
+    """Largest noise on target actions (c in Alg. 1)."""
+    alpha_mode: Literal["schedule", "dual"] = "schedule"
+    """Weight of the density constraint from a table, or by dual gradient descent (Alg. 1)."""
+    alpha: tuple[float, ...] = (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5)
+    """Weight of the density constraint, one value for each stretch of --steps; dual: the last is where it starts."""
+    alpha_until: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    """Fractions of --steps at which alpha goes to its next value."""
+    alpha_lr: float = 1e-3
+    """Step of dual gradient descent on alpha (dual)."""
+    epsilon: float | None = None
+    """Largest -log density allowed, Eq. 7 (dual); none: that of the data's own action."""
+    density: Literal["joint", "conditional"] = "joint"
+    """Model p(s, a) or p(a | s)."""
+    discriminator_steps: int = 5
+    """Discriminator updates for each update of the flow (r in Alg. 1)."""
+    gan_weight: float = 1.0
+    """Weight of the GAN loss beside the likelihood (1 / lambda in Eq. 4)."""
+    gp_weight: float = 0.5
+    """Weight of the gradient penalty."""
+    hidden: int = 256
+    """Width of critics and actor."""
+    behavior_hidden: int = 750
+    """Width of the flow's networks."""
+    reward_offset: float = 0.0
+    """Added to every reward (AntMaze: -1)."""
+    use_timeouts: bool = True
+    """Take the file's time limits; otherwise drop every 1000th row of a stretch without terminals (difference 12)."""
+
+
+MUJOCO = dict(use_timeouts=False)
+MAZE = dict(actor_lr=3e-4, alpha=(0.25, 0.1, 0.08), reward_offset=-1.0, use_timeouts=False, eval_episodes=100)
+SMALL_MAZE = MAZE | dict(behavior_steps=300_000, steps=700_000, alpha_until=(2 / 7, 5 / 7))
+LARGE_MAZE = MAZE | dict(behavior_steps=400_000, steps=600_000, alpha_until=(1 / 6, 4 / 6))
+PAPER = {  # official code and its notes, which name one dataset of each family and have no table
+    **{
+        f"{robot}-{kind}-v2": MUJOCO
+        for kind in ("medium", "medium-replay", "medium-expert")
+        for robot in ("halfcheetah", "hopper", "walker2d")
+    },
+    "antmaze-umaze-v2": SMALL_MAZE, "antmaze-umaze-diverse-v2": SMALL_MAZE,
+    "antmaze-medium-play-v2": SMALL_MAZE, "antmaze-medium-diverse-v2": SMALL_MAZE,
+    "antmaze-large-play-v2": LARGE_MAZE, "antmaze-large-diverse-v2": LARGE_MAZE,
+}  # fmt: skip
+DEMO = dict(hidden=64, behavior_hidden=64, batch_size=128, behavior_lr=1e-3, critic_lr=1e-3, actor_lr=3e-4, tau=0.02,
+            alpha=(10.0, 2.0), alpha_until=(0.1,), eval_every=2_500, log_every=500)  # fmt: skip
+BANDIT = DEMO | dict(density="conditional", behavior_hidden=128, behavior_steps=20_000, steps=5_000, critic_start=0,
+                     q_start=1_000, actor_lr=1e-3, alpha=(0.3,), alpha_until=(), eval_every=1_000)  # fmt: skip
+OURS = {  # settings of this project: built-in data on two CPU cores, and two bandits
+    "halfcheetah-demo-medium-replay": DEMO | dict(behavior_steps=10_000, steps=20_000, critic_start=500, q_start=1_000),
+    "pendulum-demo-medium": DEMO | dict(behavior_steps=4_000, steps=6_000, critic_start=250, q_start=500,
+                                        eval_every=1_000),
+    "bandit-ring": BANDIT,
+    "bandit-wave": BANDIT,
+}  # fmt: skip
+PUBLISHED = {  # the authors' result tables; datasets' versions as in the official code
+    "halfcheetah-medium-v2": 61.8, "hopper-medium-v2": 100.1, "walker2d-medium-v2": 90.2,
+    "halfcheetah-medium-replay-v2": 55.8, "hopper-medium-replay-v2": 98.1, "walker2d-medium-replay-v2": 91.9,
+    "halfcheetah-medium-expert-v2": 85.4, "hopper-medium-expert-v2": 95.3, "walker2d-medium-expert-v2": 113.04,
+    "antmaze-umaze-v2": 96.8, "antmaze-umaze-diverse-v2": 55.6, "antmaze-medium-play-v2": 85.1,
+    "antmaze-medium-diverse-v2": 72.1, "antmaze-large-play-v2": 34.9, "antmaze-large-diverse-v2": 32.3,
+}  # fmt: skip
+PROTOCOL = "number of seeds, and whether last, best or mean, not known to us"
+
+LARGEST_LOSS = 1e7  # an actor update with a larger loss is skipped
+
+
+class EnsembleLinear(nn.Module):
+    """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out], initialised like nn.Linear."""
+
+    def __init__(self, n, d_in, d_out):
+        super().__init__()
+        bound = d_in**-0.5
+        self.weight = nn.Parameter(torch.empty(n, d_in, d_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n, 1, d_out).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class Critic(nn.Module):
+    """Q1 and Q2: obs [B, S], action [B, A] -> [2, B]."""
+
+    def __init__(self, obs_dim, action_dim, hidden):
+        super().__init__()
+        self.net = nn.Sequential(
+            EnsembleLinear(2, obs_dim + action_dim, hidden), nn.ReLU(),
+            EnsembleLinear(2, hidden, hidden), nn.ReLU(),
+            EnsembleLinear(2, hidden, 1),
+        )  # fmt: skip
+
+    def forward(self, obs, action):
+        x = torch.cat([obs, action], dim=-1)
+        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+
+
+class Actor(nn.Module):
+    """Deterministic policy pi: obs [B, S] -> action [B, A] in [-max_action, max_action]."""
+
+    def __init__(self, obs_dim, action_dim, hidden, max_action):
+        super().__init__()
+        self.max_action = max_action
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, hidden), nn.ReLU(),
+            nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(hidden, action_dim), nn.Tanh(),
+        )  # fmt: skip
+
+    def forward(self, obs):
+        return self.max_action * self.net(obs)
+
+
+class OffsetLayerNorm(nn.Module):
+    """(x - mean) / (standard deviation + 1e-6) + offset, the deviation with n - 1; unlike LayerNorm it has no gain."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(d))
+
+    def forward(self, x):
+        std, mean = torch.std_mean(x, dim=-1, keepdim=True)
+        return (x - mean) / (std + 1e-6) + self.offset
+
+
+class Discriminator(nn.Module):
+    """D: [s, a] [B, k] -> [B, k] (difference 8), with the official initialisation."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(k, 2 * k), OffsetLayerNorm(2 * k), nn.LeakyReLU(0.01),
+            nn.Linear(2 * k, 4 * k), OffsetLayerNorm(4 * k), nn.LeakyReLU(0.01),
+            nn.Linear(4 * k, k),
+        )  # fmt: skip
+        *hidden, last = [layer for layer in self.net if isinstance(layer, nn.Linear)]
+        for layer in hidden:
+            nn.init.uniform_(layer.weight, -(layer.out_features**-0.5), layer.out_features**-0.5)
+            nn.init.constant_(layer.bias, 0.1)
+        nn.init.uniform_(last.weight, -3e-3, 3e-3)
+        nn.init.uniform_(last.bias, -3e-3, 3e-3)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def coupling_net(d_in, d_out, hidden):
+    """m in x2 <- x2 + m(x1); nearly zero at first."""
+    layers = []
+    for before, after in ((d_in, hidden), (hidden, hidden), (hidden, d_out)):
+        linear = nn.Linear(before, after)
+        nn.init.uniform_(linear.weight, -0.01, 0.01)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.LeakyReLU(0.01)]  # after the last layer too (difference 7)
+    return nn.Sequential(*layers)
+
+
+class Flow(nn.Module):
+    """NICE: an invertible map x -> z, [B, k] both, whose Jacobian's determinant is exp(sum of sigma) everywhere.
+
+    joint: x = [s, a] and no context; conditional: x = a and context s, which every coupling sees.
+    """
+
+    def __init__(self, obs_dim, action_dim, hidden, density="joint", couplings=4):
+        super().__init__()
+        self.conditional = density == "conditional"
+        k = action_dim if self.conditional else obs_dim + action_dim
+        context_dim = obs_dim if self.conditional else 0
+        self.sizes = [k // 2, k - k // 2]  # of the halves x1, x2
+        self.nets = nn.ModuleList(
+            coupling_net(self.sizes[i % 2] + context_dim, self.sizes[1 - i % 2], hidden) for i in range(couplings)
+        )
+        self.sigma = nn.Parameter(torch.zeros(k))
+
+    def arrange(self, obs, action):
+        """x and context."""
+        return (action, obs) if self.conditional else (torch.cat([obs, action], dim=-1), obs[:, :0])
+
+    def forward(self, x, context):
+        """z = f(x): couplings 0, 2, ... shift x2 by a function of x1, the others x1 by one of x2."""
+        halves = list(x.split(self.sizes, dim=-1))
+        for i, net in enumerate(self.nets):
+            halves[1 - i % 2] = halves[1 - i % 2] + net(torch.cat([halves[i % 2], context], dim=-1))
+        return torch.cat(halves, dim=-1) * self.sigma.exp()
+
+    def inverse(self, z, context):
+        """x = f^-1(z): the same steps backwards."""
+        halves = list((z * torch.exp(-self.sigma)).split(self.sizes, dim=-1))
+        for i, net in reversed(list(enumerate(self.nets))):
+            halves[1 - i % 2] = halves[1 - i % 2] - net(torch.cat([halves[i % 2], context], dim=-1))
+        return torch.cat(halves, dim=-1)
+
+    def nll(self, obs, action):
+        """-log p(s, a), or -log p(a | s): [B]."""
+        return logistic_nll(self(*self.arrange(obs, action))).sum(-1) - self.sigma.sum()
+
+    def sample(self, obs, generator):
+        """Pairs [s, a] of the model, [B, S + A]; conditional: the given s with the model's a."""
+        u = torch.rand(len(obs), sum(self.sizes), device=obs.device, generator=generator)
+        z = torch.logit(u, eps=1e-7)
+        if self.conditional:
+            return torch.cat([obs, self.inverse(z, obs)], dim=-1)
+        return self.inverse(z, obs[:, :0])
+
+
+def logistic_nll(z):
+    """-log density of the standard logistic distribution, elementwise."""
+    return 2 * F.softplus(z) - z
+
+
+def gradient_penalty(discriminator, real, fake, generator):
+    """E (|grad sum_j D_j| - 1)^2 on the line through a real and a fake pair, not only between them (difference 8)."""
+    u = torch.randn(len(real), 1, device=real.device, generator=generator)
+    mixed = (u * real + (1 - u) * fake).requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(mixed).sum(), mixed, create_graph=True)
+    return ((gradient.norm(dim=-1) - 1) ** 2).mean()
+
+
+def discriminator_loss(discriminator, real, fake, gp_weight, generator):
+    """WGAN-GP: E D(fake) - E D(real) + w_gp penalty; real, fake: [B, k] without gradient."""
+    penalty = gradient_penalty(discriminator, real, fake, generator)
+    return discriminator(fake).mean() - discriminator(real).mean() + gp_weight * penalty
+
+
+def target_action(actor, obs, noise, noise_clip, generator):
+    """a~ = pi'(s') + clip(noise N(0, 1), -c, c), which may leave the action box (difference 10)."""
+    action = actor(obs)
+    draw = noise * torch.randn(action.shape, device=action.device, generator=generator)
+    return action + draw.clamp(-noise_clip, noise_clip)
+
+
+def alpha_at(step, values, until):
+    """alpha(t): values[i] for until[i - 1] <= t < until[i], all of them tensors."""
+    return torch.take(values, torch.bucketize(step, until, right=True))
+
+
+def step_where(opt, condition):
+    """opt.step() if the boolean scalar tensor `condition` holds, else nothing, decided on the device.
+
+    Fused Adam leaves parameters and moments alone where `found_inf` is 1; that is how AMP skips overflowing updates.
+    """
+    opt.found_inf = (~condition).float()
+    opt.step()
+
+
+class CPED:
+    """All that belongs to one seed: networks, optimisers, the updates of both phases, and acting."""
+
+    def __init__(self, args, data, seed):
+        self.args, self.data = args, data
+        device = torch.device(args.device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.metrics = Metrics()
+        torch.manual_seed(seed)
+        obs_dim, action_dim = data.obs_dim, data.action_dim
+        self.behavior = Flow(obs_dim, action_dim, args.behavior_hidden, args.density).to(device)
+        self.discriminator = Discriminator(obs_dim + action_dim).to(device)
+        self.critic = Critic(obs_dim, action_dim, args.hidden).to(device)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor = Actor(obs_dim, action_dim, args.hidden, data.max_action).to(device)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+
+        def adam(params, lr, **more):
+            lr = torch.tensor(lr, device=device)  # a tensor, so that a captured update sees it change
+            return torch.optim.Adam(params, lr, fused=True, capturable=device.type == "cuda", **more)
+
+        self.behavior_opt = adam(self.behavior.parameters(), args.behavior_lr, betas=(0.9, 0.01), eps=1e-4)
+        self.discriminator_opt = adam(self.discriminator.parameters(), args.behavior_lr)
+        self.critic_opt = adam(self.critic.parameters(), args.critic_lr)
+        self.actor_opt = adam(self.actor.parameters(), args.actor_lr)
+        self.step = torch.zeros((), device=device)  # t, updates of the second phase
+        self.alpha = torch.tensor(args.alpha[-1], device=device)
+        self.alpha_values = torch.tensor(args.alpha, device=device)
+        self.alpha_until = args.steps * torch.tensor(args.alpha_until, device=device)
+        self.state = dict(
+            behavior=self.behavior, behavior_opt=self.behavior_opt, discriminator=self.discriminator,
+            discriminator_opt=self.discriminator_opt, critic=self.critic, critic_target=self.critic_target,
+            critic_opt=self.critic_opt, actor=self.actor, actor_target=self.actor_target, actor_opt=self.actor_opt,
+            alpha=self.alpha, step=self.step, generator=self.generator,
+        )  # fmt: skip
+
+    def pretrain(self):
+        """First phase: five updates of the discriminator, the first followed by one of the flow."""
+        for i in range(self.args.discriminator_steps):
+            batch = self.data.sample(self.args.batch_size, self.generator)
+            fake = self.behavior.sample(batch.obs, self.generator)
+            self.discriminator_step(batch, fake.detach())
+            if i == 0:
+                self.behavior_step(batch, fake)
+
+    def update(self):
+        """Second phase: two updates of the critics, the first followed by one of actor and targets."""
+        for i in range(self.args.policy_delay):
+            batch = self.data.sample(self.args.batch_size, self.generator)
+            self.critic_step(batch)
+            if i == 0:
+                self.actor_step(batch)
+                with torch.no_grad():
+                    target = [*self.critic_target.parameters(), *self.actor_target.parameters()]
+                    online = [*self.critic.parameters(), *self.actor.parameters()]
+                    torch._foreach_lerp_(target, online, self.args.tau)
+            self.step += 1
+
+    def discriminator_step(self, batch, fake):
+        real = torch.cat([batch.obs, batch.action], dim=-1)
+        loss = discriminator_loss(self.discriminator, real, fake, self.args.gp_weight, self.generator)
+        self.discriminator_opt.zero_grad()
+        loss.backward()
+        step_where(self.discriminator_opt, loss.isfinite())
+        self.metrics.add(discriminator_loss=loss)
+
+    def behavior_step(self, batch, fake):
+        nll = self.behavior.nll(batch.obs, batch.action).mean()
+        behavior_loss = nll - self.args.gan_weight * self.discriminator(fake).mean()  # Eq. 4
+        self.behavior_opt.zero_grad()
+        behavior_loss.backward(inputs=list(self.behavior.parameters()))
+        step_where(self.behavior_opt, behavior_loss.isfinite())
+        self.metrics.add(behavior_loss=behavior_loss, nll=nll)
+
+    def critic_step(self, batch):
+        with torch.no_grad():
+            next_action = target_action(self.actor_target, batch.next_obs, self.args.target_noise,
+                                        self.args.noise_clip, self.generator)  # fmt: skip
+            next_q = self.critic_target(batch.next_obs, next_action).amin(0)
+            target = batch.reward + self.args.gamma * (1 - batch.terminal) * next_q
+        q = self.critic(batch.obs, batch.action)
+        critic_loss = ((q - target) ** 2).mean(1).sum()
+        self.critic_opt.zero_grad()
+        critic_loss.backward()
+        step_where(self.critic_opt, self.step >= self.args.critic_start)
+        self.metrics.add(critic_loss=critic_loss, q=q.mean())
+
+    def actor_step(self, batch):
+        if self.args.alpha_mode == "schedule":
+            self.alpha.copy_(alpha_at(self.step, self.alpha_values, self.alpha_until))
+        action = self.actor(batch.obs)
+        q = self.critic(batch.obs, action).amin(0).mean()
+        with torch.no_grad():
+            data_nll = self.behavior.nll(batch.obs, batch.action).mean()
+        epsilon = data_nll if self.args.epsilon is None else self.args.epsilon
+        excess = self.behavior.nll(batch.obs, action).mean() - epsilon  # at most 0 in Eq. 7
+        q_weight = (self.step >= self.args.q_start).float()
+        actor_loss = self.alpha * excess - q_weight * q
+        self.actor_opt.zero_grad()
+        actor_loss.backward(inputs=list(self.actor.parameters()))  # flow and critics stay as they are
+        allowed = actor_loss <= LARGEST_LOSS  # false for NaN
+        step_where(self.actor_opt, allowed)
+        saturated = (action.abs() > 0.99 * self.data.max_action).float().mean()
+        self.metrics.add(actor_loss=actor_loss, actor_q=q, excess_nll=excess, alpha=self.alpha, saturated=saturated,
+                         actor_skipped=1 - allowed.float())  # fmt: skip
+        if self.args.alpha_mode == "dual":
+            with torch.no_grad():
+                self.alpha.add_(self.args.alpha_lr * q_weight * excess).clamp_(min=0)
+
+    def act(self, obs, generator):
+        """pi, which is deterministic: [n, S] -> [n, A]."""
+        return self.actor(obs)
+
+
+def row_counter(terminal):
+    """Time limits as the official code counts them: every 1000th row since the last terminal, [N] bool -> [N] bool."""
+    row = np.arange(len(terminal))
+    first = np.concatenate([[True], terminal[:-1]])  # rows after a terminal
+    start = np.maximum.accumulate(np.where(first, row, 0))
+    return (row - start) % 1000 == 999
+
+
+def bandit(name):
+    """One state and 10,000 actions along an open ring or a wave; the greatest reward is in a corner far from them."""
+    generator = torch.Generator().manual_seed(0)
+    t = math.pi * torch.rand(10_000, 1, generator=generator)
+    if name == "bandit-ring":
+        action = torch.cat([torch.cos(1.5 * t), torch.sin(1.5 * t)], 1)
+    else:
+        action = torch.cat([2 * t / math.pi - 1, -0.6 * torch.sin(2 * t)], 1)
+    action = action + 0.05 * torch.randn(10_000, 2, generator=generator)
+    return Dataset.bandit(name, action, lambda action: action.sum(1))
+
+
+def draw_bandit(learner, data, path):
+    """Learned density, the data's actions, the policy's action, and where Q alone would lead."""
+    device, size = learner.generator.device, data.max_action
+    side = torch.linspace(-size, size, 200, device=device)
+    grid = torch.cartesian_prod(side, side)
+    obs = torch.zeros(len(grid), 1, device=device)
+    with torch.no_grad():
+        density = torch.exp(-learner.behavior.nll(obs, grid)).view(200, 200).T.cpu()
+        best = grid[learner.critic(obs, grid).amin(0).argmax()].cpu()
+        action = learner.actor(obs[:1])[0].cpu()
+
+    def draw(axes):
+        axes.imshow(density, origin="lower", extent=(-size, size, -size, size), cmap="Blues")
+        axes.scatter(*data.action[:1000].cpu().T, s=1, c="grey", label="data")
+        axes.scatter(*best, marker="x", c="black", label="greatest Q in the box")
+        axes.scatter(*action, c="red", label="policy")
+        axes.set(title=data.name)
+        axes.legend(loc="lower right", fontsize=8)
+
+    save_figure(path, draw)
+
+
+@torch.no_grad()
+def sample_density(behavior, obs, action, generator, updates=500, width=0.1):
+    """Draws of the learned p(a | s) for one obs [S]: Metropolis chains that start at `action` [n, A]."""
+    obs = obs.expand(len(action), -1)
+    for _ in range(updates):
+        proposal = action + width * torch.randn(action.shape, device=action.device, generator=generator)
+        ratio = torch.exp(behavior.nll(obs, action) - behavior.nll(obs, proposal))
+        accept = torch.rand(ratio.shape, device=action.device, generator=generator) < ratio
+        action = torch.where(accept[:, None], proposal, action)
+    return action
+
+
+def draw_density(learner, data, path):
+    """One state's learned action density beside the actions that the data hold at the 500 nearest states."""
+    obs = data.obs[len(data) // 2]
+    distance = ((data.obs - obs) / data.obs.std(0).clamp_min(1e-6)).norm(dim=1)
+    near = data.action[distance.topk(min(500, len(data)), largest=False).indices]
+    drawn = sample_density(learner.behavior, obs, near, torch.Generator(obs.device).manual_seed(0)).cpu()
+    with torch.no_grad():
+        action = learner.actor(obs[None])[0].cpu()
+
+    def draw(axes, j):
+        bins = np.linspace(-1.2, 1.2, 49)
+        axes.hist(near[:, j].cpu(), bins, density=True, color="lightgrey", label="data near the state")
+        axes.hist(drawn[:, j], bins, density=True, histtype="step", color="C0", label="learned density")
+        axes.axvline(action[j], color="red", label="policy")
+        axes.set(title=f"action {j}")
+        if j == 0:
+            axes.legend(loc="upper right", fontsize=7)
+
+    save_figure(path, *(functools.partial(draw, j=j) for j in range(min(data.action_dim, 6))), size=3.5)
+
+
+def check(args):
+    if min(args.policy_delay, args.discriminator_steps) < 1:
+        raise UserError("--policy-delay and --discriminator-steps must be at least 1")
+    if len(args.alpha) != len(args.alpha_until) + 1 or list(args.alpha_until) != sorted(args.alpha_until):
+        raise UserError(
+            "--alpha-until takes increasing fractions of --steps, one fewer than --alpha has values, found "
+            f"{list(args.alpha)} and {list(args.alpha_until)}"
+        )
+
+
+def main():
+    args = parse_args(Args, PAPER | OURS, proportional=("behavior_steps", "critic_start", "q_start"), doc=__doc__)
+    if args.evaluate:
+        return evaluate_run(args, CPED)
+    check(args)
+    is_bandit = args.env in OURS and args.env.startswith("bandit-")
+    rule = None if args.use_timeouts else row_counter
+    data = bandit(args.env) if is_bandit else load_dataset(args.env, args.data_path, timeout_rule=rule)
+    data.reward.add_(args.reward_offset)
+    data = data.to(args.device)
+    learners = [CPED(args, data, seed) for seed in args.seed]
+    run = Run(args, learners, data, __file__, PUBLISHED.get(args.env), PROTOCOL)
+
+    update = capture(learners, "pretrain")
+    for _ in run.updates("behavior", args.behavior_steps, stride=args.discriminator_steps):
+        update()
+    update = capture(learners, "update")
+    for _ in run.updates("policy", args.steps, stride=args.policy_delay, evaluate=True):
+        update()
+    for learner, folder in zip(learners, run.folders):
+        if is_bandit:
+            draw_bandit(learner, data, folder / "bandit.png")
+        else:
+            draw_density(learner, data, folder / "density.png")
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli(main)

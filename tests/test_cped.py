@@ -1,0 +1,517 @@
+"""CPED against numbers with known answers: closed forms, Jacobians, hand-made networks, and counted optimiser steps."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import cped
+from common import Batch, UserError, load_dataset
+from cped import CPED, Args, Flow, alpha_at, gradient_penalty, logistic_nll, row_counter, target_action
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_learner(obs_dim=3, action_dim=2, batch=None, **settings):
+    """A small learner; `batch` (one fixed batch) stands in for its data."""
+    small = dict(device="cpu", hidden=16, behavior_hidden=16, batch_size=32, critic_start=0, q_start=0)
+    data = SimpleNamespace(obs_dim=obs_dim, action_dim=action_dim, max_action=1.0)
+    data.sample = lambda batch_size, generator: batch or random_batch(obs_dim, action_dim)
+    return CPED(Args(**small | settings), data, seed=0)
+
+
+def random_batch(obs_dim=3, action_dim=2, size=32):
+    g = generator(1)
+    obs, next_obs = torch.randn(2, size, obs_dim, generator=g)
+    action, next_action = torch.rand(2, size, action_dim, generator=g) * 1.8 - 0.9
+    return Batch(obs, action, torch.randn(size, generator=g), next_obs, next_action, torch.zeros(size))
+
+
+def random_flow(obs_dim, action_dim, density="joint", hidden=750, std=0.05):
+    """A flow far from its start: weights N(0, std^2), sigma N(0, 0.5^2), in double precision."""
+    torch.manual_seed(0)
+    flow = Flow(obs_dim, action_dim, hidden, density).double()
+    for name, parameter in flow.named_parameters():
+        nn.init.normal_(parameter, std=0.5 if name == "sigma" else std)
+    return flow
+
+
+def identity_flow(obs_dim, action_dim, sigma=None):
+    """All couplings zero: z = x exp(sigma)."""
+    flow = Flow(obs_dim, action_dim, 8)
+    for parameter in flow.parameters():
+        nn.init.zeros_(parameter)
+    if sigma is not None:
+        flow.sigma.data = torch.tensor(sigma)
+    return flow
+
+
+def snapshot(*parts):
+    return [parameter.detach().clone() for part in parts for parameter in part.parameters()]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Flow and density
+
+
+def test_logistic_density():
+    z = torch.tensor([0.0, 2.0, -2.0, 0.7], requires_grad=True)
+    nll = logistic_nll(z)
+    assert nll.tolist()[:3] == pytest.approx([1.3862944, 2.2538561, 2.2538561], abs=1e-5)
+    (slope,) = torch.autograd.grad(nll[3], z)
+    assert slope[3].item() == pytest.approx(math.tanh(0.35), abs=1e-5)
+
+
+@pytest.mark.parametrize("obs_dim, action_dim", [(11, 3), (17, 6), (29, 8)])
+def test_log_determinant_is_the_sum_of_sigma(obs_dim, action_dim):
+    flow, k = random_flow(obs_dim, action_dim), obs_dim + action_dim
+    x = torch.randn(1, k, generator=generator(), dtype=torch.float64)
+    obs, action = x.split([obs_dim, action_dim], dim=1)
+    jacobian = torch.autograd.functional.jacobian(lambda x: flow(x, x[:, :0]), x).view(k, k)
+    log_det = torch.linalg.slogdet(jacobian).logabsdet.item()
+    assert log_det == pytest.approx(flow.sigma.sum().item(), abs=1e-4) and abs(log_det) > 0.1
+    z = flow(x, x[:, :0])
+    assert flow.nll(obs, action).item() == pytest.approx(logistic_nll(z).sum().item() - log_det, abs=1e-4)
+
+
+@pytest.mark.parametrize("density", ["joint", "conditional"])
+def test_inverse(density):
+    flow = random_flow(11, 3, density)
+    obs = torch.randn(50, 11, generator=generator(), dtype=torch.float64)
+    x, context = flow.arrange(obs, torch.randn(50, 3, generator=generator(1), dtype=torch.float64))
+    z = flow(x, context)
+    assert (z - x * flow.sigma.exp()).abs().max() > 0.1  # the couplings do something
+    assert (flow.inverse(z, context) - x).abs().max() < 1e-5
+
+
+def test_inverse_by_hand():
+    """m1 = 0.3 and sigma = (0, ln 2): x2 = 1 / 2 - 0.3, not (1 - 0.3) / 2 as with the scale undone last."""
+    flow = identity_flow(1, 1, [0.0, math.log(2)])
+    flow.nets[0][-2].bias.data.fill_(0.3)
+    assert flow.inverse(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 0))[0].tolist() == pytest.approx([0.0, 0.2])
+
+
+def test_generated_pairs_are_distributed_as_the_density_says():
+    """With identity couplings x = z exp(-sigma), whose variance is pi^2 / 3 exp(-2 sigma)."""
+    flow = identity_flow(1, 1, [0.5, -0.5])
+    x = flow.sample(torch.zeros(200_000, 1), generator())
+    assert x.mean(0).tolist() == pytest.approx([0, 0], abs=0.03)
+    expected = [math.pi**2 / 3 * math.exp(-1), math.pi**2 / 3 * math.exp(1)]
+    assert x.var(0).tolist() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "obs_dim, action_dim, flow_size, d_size, actor_size, critic_size",
+    [
+        (11, 3, 2_298_042, 2_926, 69_635, 69_889),
+        (17, 6, 2_325_069, 7_705, 71_942, 72_193),
+        (29, 8, 2_367_111, 19_647, 75_528, 75_777),
+    ],
+)
+def test_start(obs_dim, action_dim, flow_size, d_size, actor_size, critic_size):
+    learner = make_learner(obs_dim, action_dim, hidden=256, behavior_hidden=750)
+
+    def size(part):
+        return sum(parameter.numel() for parameter in part.parameters())
+
+    parts = (learner.behavior, learner.discriminator, learner.actor, learner.critic)
+    assert [size(part) for part in parts] == [flow_size, d_size, actor_size, 2 * critic_size]
+    k = obs_dim + action_dim
+    x = torch.randn(100, k, generator=generator())
+    flow = learner.behavior
+    assert (flow(x, x[:, :0]) - x).abs().max() < 3e-3
+    at_zero = flow.nll(torch.zeros(1, obs_dim), torch.zeros(1, action_dim)).item()
+    assert at_zero == pytest.approx(2 * k * math.log(2), abs=0.05)
+    assert flow.sizes == [k // 2, k - k // 2]
+
+
+@pytest.mark.parametrize("kind", ["independent", "shifted", "dependent"])
+def test_maximum_likelihood(kind):
+    """s ~ Logistic(0, 1) and a | s ~ Logistic(., 1/4): entropy 4 - ln 4, reached by a total log scale of ln 4."""
+    z = torch.logit(torch.rand(2, 100_000, 1, generator=generator()), eps=1e-7)
+    obs = z[0]
+    action = z[1] / 4 + dict(independent=0.0, shifted=-1.0, dependent=0.5 * obs)[kind]
+    torch.manual_seed(0)
+    flow, g = Flow(1, 1, 32), generator(1)
+    opt = torch.optim.Adam(flow.parameters(), 3e-3)
+    for _ in range(800):
+        rows = torch.randint(len(obs), (256,), generator=g)
+        opt.zero_grad()
+        flow.nll(obs[rows], action[rows]).mean().backward()
+        opt.step()
+    with torch.no_grad():
+        nll = flow.nll(obs, action).mean().item()
+    best = 4 - math.log(4)
+    assert best - 0.01 < nll < best + (0.02 if kind == "independent" else 0.04)
+    assert flow.sigma.sum().item() == pytest.approx(math.log(4), abs=0.05)
+
+
+def test_conditional_density_integrates_to_one_for_each_state():
+    flow = random_flow(1, 2, "conditional", hidden=16, std=0.3)
+    side = torch.linspace(-30, 30, 401, dtype=torch.float64)
+    action = torch.cartesian_prod(side, side)
+    for obs in (-2.0, 1.0):
+        with torch.no_grad():
+            density = torch.exp(-flow.nll(torch.full_like(action[:, :1], obs), action)).view(401, 401)
+        assert torch.trapezoid(torch.trapezoid(density, side), side).item() == pytest.approx(1, abs=2e-3)
+
+
+# Discriminator
+
+
+def test_gradient_penalty_by_hand():
+    """D(x) = x W with W = (2 / sqrt d) I: the sum over outputs has gradient norm 2 everywhere."""
+    discriminator = nn.Linear(4, 4, bias=False)
+    nn.init.eye_(discriminator.weight).data.mul_(2 / 4**0.5)
+    real, fake = torch.randn(2, 64, 4, generator=generator())
+    penalty = gradient_penalty(discriminator, real, fake, generator())
+    assert penalty.item() == pytest.approx(1.0, abs=1e-5)
+    (slope,) = torch.autograd.grad(penalty, discriminator.weight)
+    assert slope.abs().max() > 0.1
+    loss = cped.discriminator_loss(discriminator, real, fake, Args.gp_weight, generator())
+    assert loss.item() == pytest.approx((fake.mean() - real.mean()).item() + 0.5, abs=1e-5)
+
+
+def test_penalty_is_taken_beyond_the_ends_of_the_line():
+    seen = []
+
+    def discriminator(x):
+        seen.append(x.detach())
+        return x
+
+    gradient_penalty(discriminator, torch.ones(1000, 1), torch.zeros(1000, 1), generator())
+    assert seen[0].min() < -1 and seen[0].max() > 2  # real at 1, fake at 0
+    assert seen[0].mean().item() == pytest.approx(0, abs=0.15)  # u ~ N(0, 1) multiplies the real pair
+
+
+def test_offset_layer_norm():
+    norm = cped.OffsetLayerNorm(3)
+    assert norm(torch.tensor([[1.0, 2.0, 3.0]]))[0].tolist() == pytest.approx([-1, 0, 1], abs=1e-5)
+    assert [name for name, _ in norm.named_parameters()] == ["offset"]
+
+
+def test_adam_of_the_flow():
+    """Gradients 1 and 0.1 give steps of -0.99990 and -3.73752 learning rates."""
+    learner = make_learner(behavior_lr=1e-4)
+    sigma, steps = learner.behavior.sigma, []
+    for gradient in (1.0, 0.1):
+        before = sigma.detach().clone()
+        sigma.grad = torch.full_like(sigma, gradient)
+        learner.behavior_opt.step()
+        steps.append((sigma - before)[0].item() / 1e-4)
+    assert steps == pytest.approx([-0.99990, -3.73752], rel=1e-4)
+
+
+# Actor and critic
+
+
+class HandMadeActor(nn.Module):
+    """max_action tanh(theta) in every state, for one-dimensional actions."""
+
+    def __init__(self, theta=0.0):
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor([theta]))
+
+    def forward(self, obs):
+        return torch.tanh(self.theta).expand(len(obs), 1)
+
+
+def one_state_learner(slopes=(2.0, 5.0), offsets=(0.0, 10.0), **settings):
+    """One state, one action, p(a) logistic with log scale ln 4, critics Q_i(a) = slope_i a + offset_i."""
+    learner = make_learner(1, 1, **settings)
+    learner.behavior = identity_flow(1, 1, [0.0, math.log(4)])
+    learner.critic = lambda obs, action: torch.stack([s * action[:, 0] + o for s, o in zip(slopes, offsets)])
+    learner.actor = HandMadeActor()
+    learner.actor_opt = torch.optim.Adam(learner.actor.parameters(), 1e-2, fused=True)
+    zeros = torch.zeros(4, 1)
+    return learner, Batch(zeros, zeros, zeros[:, 0], zeros, zeros, zeros[:, 0])
+
+
+@pytest.mark.parametrize(
+    "slopes, offsets, alpha, low, high",
+    [
+        ((2.0, 5.0), (0.0, 10.0), 1.0, 0.27365, 0.27565),  # 2 artanh(2 / 4) / 4
+        ((5.0, 2.0), (10.0, 0.0), 1.0, 0.27365, 0.27565),
+        ((2.0, 5.0), (0.0, 10.0), 1000.0, -0.75e-3, 1.25e-3),
+        ((5.0, 5.0), (0.0, 10.0), 1.0, 0.99, 1.0),  # beyond the largest pull alpha exp(sigma) = 4
+    ],
+)
+def test_actor_finds_the_optimum(slopes, offsets, alpha, low, high):
+    learner, batch = one_state_learner(slopes, offsets, alpha=(alpha,), alpha_until=())
+    for _ in range(2000):
+        learner.actor_step(batch)
+    assert low <= learner.actor(batch.obs)[0].item() <= high
+
+
+def test_threshold_has_no_gradient():
+    """The actor's gradient is the same whatever -log p(s, pi(s)) is compared with."""
+    gradients = []
+    for epsilon in (None, 0.0, 1e3):
+        learner = make_learner(epsilon=epsilon)
+        learner.actor_step(random_batch())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in learner.actor.parameters()]))
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-6, atol=0)
+
+
+def test_actor_skips_huge_losses():
+    learner = make_learner(epsilon=0.0)
+    before = snapshot(learner.actor)
+    learner.behavior.sigma.data.fill_(16)  # -log density of about 1e7, times alpha = 1000
+    learner.actor_step(random_batch())
+    assert same(before, snapshot(learner.actor)) and learner.metrics.read()["actor_skipped"] == 1
+    learner.behavior.sigma.data.fill_(0)
+    learner.actor_step(random_batch())
+    assert not same(before, snapshot(learner.actor)) and learner.metrics.read()["actor_skipped"] == 0
+
+
+def test_losses_that_are_not_finite_change_nothing():
+    batch = random_batch()
+    broken = batch._replace(action=torch.full_like(batch.action, math.nan))
+    learner = make_learner(batch=broken)
+    before = snapshot(learner.behavior, learner.discriminator)
+    learner.pretrain()
+    assert same(before, snapshot(learner.behavior, learner.discriminator))
+    assert math.isnan(learner.metrics.read()["behavior_loss"])  # which ends the run
+
+
+@pytest.mark.parametrize("terminal, expected", [(0.0, 2.0), (1.0, 1.0)])
+def test_bellman(terminal, expected):
+    """One state, reward 1, gamma 1/2: Q = 2, or 1 where the episode ends."""
+    settings = dict(gamma=0.5, critic_lr=1e-3, tau=0.05, hidden=64, actor_lr=0.0, policy_delay=1, target_noise=0.0)
+    learner = make_learner(1, 1, **settings)
+    ones = torch.ones(64, 1)
+    action = learner.actor(ones).detach()
+    batch = Batch(ones, action, ones[:, 0], ones, action, terminal * ones[:, 0])
+    learner.data.sample = lambda batch_size, generator: batch
+    for _ in range(600):
+        learner.update()
+    assert learner.critic(ones, action).mean(1).tolist() == pytest.approx([expected] * 2, abs=0.02)
+
+
+def test_target_action_is_noisy_clipped_and_leaves_the_box():
+    action = target_action(lambda obs: torch.ones(len(obs), 1), torch.zeros(100_000, 1), 0.2, 0.5, generator())
+    assert action.mean().item() == pytest.approx(1, abs=2e-3)  # 0.92 if it were clamped to the box
+    assert action.std().item() == pytest.approx(0.2 * 0.985, abs=2e-3)
+    assert (action - 1).abs().max().item() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_target_is_the_lesser_target_critic_at_the_noisy_target_action():
+    learner = make_learner(1, 1, gamma=1.0, target_noise=0.0, critic_lr=0.0)
+    learner.actor_target = lambda obs: torch.full((len(obs), 1), 0.5)
+    learner.critic_target = lambda obs, action: torch.stack([action[:, 0] + 3, 10 * action[:, 0]])
+    learner.critic = ZeroCritic()
+    learner.critic_opt = torch.optim.Adam(learner.critic.parameters(), 1e-3, fused=True)
+    zeros = torch.zeros(8, 1)
+    learner.critic_step(Batch(zeros, zeros, zeros[:, 0], zeros, zeros, zeros[:, 0]))
+    assert learner.metrics.read()["critic_loss"] == pytest.approx(2 * 3.5**2)
+    (gradient,) = (parameter.grad for parameter in learner.critic.parameters())
+    assert gradient.item() == pytest.approx(2 * 2 * -3.5)
+
+
+class ZeroCritic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, obs, action):
+        return self.bias.expand(2, len(obs))
+
+
+@pytest.mark.parametrize("step, changed", [("discriminator", "D"), ("behavior", "F"), ("critic", "Q"), ("actor", "P")])
+def test_each_step_changes_its_own_network_only(step, changed):
+    learner, batch = make_learner(), random_batch()
+    parts = dict(
+        F=[learner.behavior], D=[learner.discriminator], Q=[learner.critic], P=[learner.actor],
+        T=[learner.critic_target, learner.actor_target],
+    )  # fmt: skip
+    before = {name: snapshot(*some) for name, some in parts.items()}
+    fake = learner.behavior.sample(batch.obs, learner.generator)
+    rest = dict(discriminator=[fake.detach()], behavior=[fake]).get(step, [])
+    getattr(learner, f"{step}_step")(batch, *rest)
+    assert [name for name, some in parts.items() if not same(before[name], snapshot(*some))] == [changed]
+
+
+# Schedules
+
+
+def official_alpha(n, behavior_steps=500_000):
+    """The official table for MuJoCo, in updates counted from the start of the first phase."""
+    if n <= behavior_steps + 100_000:
+        return 1000
+    if n <= 1_000_000:
+        return 10 - 2.5 * math.floor((n - behavior_steps - 100_000) / 100_000)
+    return 1.5
+
+
+def official_maze_alpha(n):
+    return next(value for until, value in ((3e5, 0.5), (5e5, 0.25), (8e5, 0.1), (math.inf, 0.08)) if n <= until)
+
+
+def table_of(env):
+    args = Args(**cped.PAPER[env])
+    values, until = torch.tensor(args.alpha), args.steps * torch.tensor(args.alpha_until)
+    return args, lambda t: alpha_at(torch.tensor(float(t)), values, until).item()
+
+
+def test_alpha_table_of_mujoco():
+    args, alpha = table_of("hopper-medium-v2")
+    assert (args.behavior_steps, args.steps) == (500_000, 1_000_000)
+    known = {0: 1000, 99_998: 1000, 100_002: 10, 199_998: 10, 200_000: 7.5, 300_000: 5, 400_000: 2.5, 499_998: 2.5}
+    assert {t: alpha(t) for t in known} == known
+    assert alpha(500_002) == alpha(999_998) == 1.5
+    steps = sorted({*range(0, 1_000_000, 9_998), *(100_000 * i + j for i in range(1, 10) for j in (-2, 0, 2))})
+    different = [t for t in steps if alpha(t) != official_alpha(t + 500_000)]
+    assert different == [100_000, 500_000]  # one actor update each; at the second the official alpha is 0
+    assert official_alpha(700_000, 50_000) == -2.5  # what counting from the start of the second phase rules out
+
+
+def test_alpha_table_of_antmaze():
+    for env, start, total in (("antmaze-umaze-v2", 300_000, 1_000_000), ("antmaze-large-play-v2", 400_000, 1_000_000)):
+        args, alpha = table_of(env)
+        assert args.behavior_steps == start and args.behavior_steps + args.steps == total
+        for n in (start + 2, 499_998, 500_002, 799_998, 800_002, 999_998):
+            assert alpha(n - start) == pytest.approx(official_maze_alpha(n))
+
+
+def test_official_numbers_of_updates():
+    """The paper's MuJoCo run with all lengths divided by 1000."""
+    learner = make_learner(behavior_hidden=4, hidden=4, batch_size=2, steps=1000, critic_start=30, q_start=50)
+    with_q, add = [], learner.metrics.add
+
+    def watch(**values):
+        add(**values)
+        if "actor_loss" in values:
+            with_q.append((values["actor_loss"] != values["alpha"] * values["excess_nll"]).item())
+
+    learner.metrics.add = watch
+    lerp, targets = torch._foreach_lerp_, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_foreach_lerp_", lambda *some: targets.append(lerp(*some)))
+        for _ in range(500 // 5):
+            learner.pretrain()
+        before = snapshot(learner.behavior, learner.discriminator)
+        for _ in range(1000 // 2):
+            learner.update()
+    assert same(before, snapshot(learner.behavior, learner.discriminator))  # frozen
+
+    def updates(opt):
+        (count,) = {state["step"].item() for state in opt.state.values()}
+        return count
+
+    opts = (learner.discriminator_opt, learner.behavior_opt, learner.critic_opt, learner.actor_opt)
+    assert [updates(opt) for opt in opts] == [500, 100, 970, 500]
+    assert sum(with_q) == 475 and len(targets) == 500 and learner.step == 1000
+
+
+def test_dual_ascent():
+    """alpha grows while the policy is less likely than epsilon allows, falls otherwise, and stays at 0 or above."""
+    for epsilon, expected in ((-1.0, 1.5 + 0.1 * (4 * math.log(2) - math.log(4) + 1)), (100.0, 0.0)):
+        learner, batch = one_state_learner(alpha_mode="dual", epsilon=epsilon, alpha_lr=0.1)
+        assert learner.alpha.item() == 1.5
+        learner.actor_step(batch)
+        assert learner.alpha.item() == pytest.approx(expected)
+    learner, batch = one_state_learner(alpha_mode="dual", epsilon=-1.0, alpha_lr=0.1, q_start=1)
+    learner.actor_step(batch)
+    assert learner.alpha.item() == 1.5  # not before the actor climbs Q
+
+
+def test_dual_finds_the_multiplier_that_keeps_the_threshold():
+    """Q = 2 a and -log p(a) <= epsilon: the policy ends where the density is epsilon, with alpha = 2 / slope there."""
+    a = 0.3
+    epsilon = 4 * math.log(2) - math.log(4) + 2 * math.log(math.cosh(2 * a))
+    learner, batch = one_state_learner(alpha_mode="dual", epsilon=epsilon, alpha_lr=0.01)
+    for _ in range(2000):
+        learner.actor_step(batch)
+    assert learner.actor(batch.obs)[0].item() == pytest.approx(a, abs=5e-3)
+    assert learner.alpha.item() == pytest.approx(2 / (4 * math.tanh(2 * a)), rel=0.03)
+
+
+# Flags
+
+
+@pytest.mark.parametrize("settings", [dict(density="conditional"), dict(gan_weight=0.0), dict(gp_weight=0.0)])
+def test_flags_of_the_first_phase_change_it(settings):
+    plain, other = make_learner(), make_learner(**settings)
+    for learner in (plain, other):
+        learner.pretrain()
+        learner.pretrain()
+    parts = [snapshot(learner.behavior, learner.discriminator) for learner in (plain, other)]
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(*parts))
+
+
+def test_alpha_needs_one_value_for_each_stretch():
+    cped.check(Args())
+    for wrong in (dict(alpha=(1.0,)), dict(alpha=(1.0, 2.0, 3.0), alpha_until=(0.5, 0.1)), dict(policy_delay=0)):
+        with pytest.raises(UserError):
+            cped.check(Args(**wrong))
+
+
+# Data and figures
+
+
+@pytest.mark.parametrize(
+    "rows, terminals, dropped",
+    [(2500, [], [999, 1999]), (2500, [499], [1499, 2499]), (2000, [999], [999, 1999]), (1600, [500, 550], [1550])],
+)
+def test_row_counter(rows, terminals, dropped):
+    """A last row that is dropped costs nothing: it has no successor anyway."""
+    terminal = np.zeros(rows, bool)
+    terminal[terminals] = True
+    assert np.flatnonzero(row_counter(terminal)).tolist() == dropped
+
+
+def test_row_counter_of_a_million_rows():
+    assert row_counter(np.zeros(1_000_000, bool)).sum() == 1000  # the last row has no successor: 999,000 are kept
+
+
+def test_row_counter_is_the_official_loop():
+    terminal = np.random.default_rng(0).random(20_000) < 1 / 1500
+    count, dropped = 0, []
+    for i, end in enumerate(terminal):
+        if count >= 999:
+            dropped.append(i)
+            count = 0
+        else:
+            count = 0 if end else count + 1
+    assert np.flatnonzero(row_counter(terminal)).tolist() == dropped and len(dropped) > 3
+
+
+def test_time_limits_of_the_loader(tmp_path):
+    """2500 rows, a time limit every 100: the counter keeps all but 2 and the last, the file's limits all but 25."""
+    timeouts = np.arange(2500) % 100 == 99
+    arrays = dict(observations=np.zeros((2500, 17)), actions=np.zeros((2500, 6)), rewards=np.zeros(2500))
+    np.savez(tmp_path / "data.npz", **arrays, terminals=np.zeros(2500, bool), timeouts=timeouts)
+    path = str(tmp_path / "data.npz")
+    assert len(load_dataset("HalfCheetah-v4", path, timeout_rule=row_counter)) == 2497
+    assert len(load_dataset("HalfCheetah-v4", path, timeout_rule=None)) == 2475
+
+
+def test_density_is_sampled():
+    """Metropolis draws of p(a | s) for a known density: logistic with scale 1/4."""
+    flow = identity_flow(1, 1, [0.0, math.log(4)])
+    drawn = cped.sample_density(flow, torch.zeros(1), torch.zeros(4000, 1), generator(), updates=400, width=0.5)
+    assert drawn.mean().item() == pytest.approx(0, abs=0.04)
+    assert drawn.std().item() == pytest.approx(math.pi / 3**0.5 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["bandit-ring", "bandit-wave"])
+def test_bandits_pay_most_away_from_their_data(name):
+    data = cped.bandit(name)
+    side = torch.linspace(-data.max_action, data.max_action, 101)
+    grid = torch.cartesian_prod(side, side)
+    env = data.make_env()
+    env.reset(seed=0)
+    distance = torch.cdist(grid, data.action).amin(1)
+    best = grid[np.argmax([env.step(action)[1] for action in grid.numpy()])]
+    assert torch.cdist(best[None], data.action).min() > 0.15 and distance.min() < 0.02
+    assert data.terminal.all() and data.action.abs().max() <= data.max_action
