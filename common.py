@@ -1436,6 +1436,8 @@ def take_back(learner, before):
             for index, slots in enumerate(part.state[p] for group in part.param_groups for p in group["params"]):
                 for key, value in slots.items():
                     value.copy_(before[name]["state"].get(index, {}).get(key, torch.zeros_like(value)))
+            for group, old in zip(part.param_groups, before[name]["param_groups"]):
+                group["lr"].copy_(old["lr"])
         else:
             set_state({name: part}, before)
     learner.metrics.read()

@@ -31,10 +31,12 @@ Differences between paper, official code and this file (which follows the code u
  3. App. C's normalisation makes 1/beta depend on the state; the code normalises grad_a Q and leaves the score alone.
  4. Eq. 15 has 1/beta on the score; here beta is on Q, the same direction and the same to Adam.
  5. The policy climbs the mean of the two target critics, not their minimum; V regresses to the minimum.
- 6. V and Q step together: V(s') in Eq. 12 is from before the update. Eq. 12 prints no terminal; both codes stop there.
+ 6. V and Q step together: V(s') in Eq. 12 is from before V's update. Eq. 12 prints no terminal; code and this file use
+    r + gamma (1 - terminal) V(s').
  7. t is drawn from [0.001, 1) for the behaviour model (paper: [0, 1)) and from [0.02, 0.98) for the policy.
  8. The policy's learning rate is a cosine to zero that the paper does not mention: --no-lr-decay.
- 9. Behaviour model: AdamW with decay 0.01 (--weight-decay), the library's default; no average of its weights.
+ 9. Behaviour model: AdamW with decay 0.01 (--weight-decay), the library's default; no average of its weights. Each
+    official block holds one more linear layer that is never used: dropped.
 10. Rewards: locomotion is scaled by 1000 / (range of returns) as in IQL, but over windows of 1000 rows that slide
     across episodes, since time-limit rows are dropped. AntMaze: r - 1.
 11. Fixed-t ablation: dropped from the released code, here --fixed-t 0.02 --weighting alpha/sigma (Eq. 10).
@@ -173,14 +175,14 @@ PAPER = {  # Table 2 and App. C
     "antmaze-large-play-v2": dict(beta=0.06, **MAZE),
     "antmaze-large-diverse-v2": dict(beta=0.05, **MAZE),
 }
-DEMO = dict(hidden=64, behavior_hidden=64, batch_size=128, behavior_batch_size=256, eval_every=1_000, log_every=500,
-            scale_rewards=True, actor_lr=1e-3, lr=1e-3, beta=0.2)  # fmt: skip
+DEMO = dict(hidden=64, behavior_hidden=64, behavior_batch_size=256, lr=1e-3, actor_lr=1e-3, expectile=0.9, beta=0.03,
+            q_grad_norm="rms", scale_rewards=True, eval_every=1_000, log_every=500)  # fmt: skip
 BANDIT = dict(steps=500, critic_steps=0, behavior_steps=5_000, batch_size=1176, behavior_batch_size=512, lr=1e-3,
               actor_lr=0.05, beta=1.0, weighting="alpha/sigma", fixed_t=0.02, subtract_baseline=False,
               behavior_hidden=64, dropout=0.0, eval_episodes=0, log_every=100)  # fmt: skip
 SHAPES = ("moons", "8gaussians", "checkerboard", "swissroll", "rings", "2spirals")
 OURS = {  # settings of this project: built-in data on two CPU cores, and the paper's bandits (Fig. 3, App. A)
-    "halfcheetah-demo-medium-replay": DEMO | dict(steps=8_000, critic_steps=12_000, behavior_steps=16_000),
+    "halfcheetah-demo-medium-replay": DEMO | dict(steps=8_000, critic_steps=10_000, behavior_steps=12_000),
     "pendulum-demo-medium": DEMO | dict(steps=2_000, critic_steps=3_000, behavior_steps=4_000, eval_every=250),
     **{f"bandit-{shape}": BANDIT for shape in SHAPES},
 }
@@ -405,9 +407,8 @@ class SRPO:
     def adam(self, params, lr, weight_decay=0.0):
         device = self.generator.device
         lr = torch.tensor(lr, device=device)  # a tensor, so that a captured update sees it change
-        return torch.optim.AdamW(
-            params, lr, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
-        )  # without decay this is Adam
+        # without decay AdamW is Adam
+        return torch.optim.AdamW(params, lr, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda")
 
     def critic_update(self):
         """One update of V, Q and target Q (implicit Q-learning)."""
@@ -417,7 +418,7 @@ class SRPO:
             target = batch.reward + self.args.gamma * (1 - batch.terminal) * self.value(batch.next_obs)
         value_loss = expectile_loss(q_target - self.value(batch.obs), self.args.expectile)  # Eq. 11
         q = self.critic(batch.obs, batch.action)
-        critic_loss = ((q - target) ** 2).mean()  # Eq. 12, mean over both critics
+        critic_loss = ((q - target) ** 2).mean()  # Eq. 12, averaged over both critics
         self.critic_opt.zero_grad()
         (value_loss + critic_loss).backward()
         self.critic_opt.step()
@@ -456,21 +457,20 @@ class SRPO:
         """[n, S] -> [n, A]"""
         return self.actor(obs)
 
-
-def reuse_models(learner, folder, seed):
-    """Take critic and behaviour model from the checkpoint that another run of this script left for the same seed."""
-    folder = Path(folder) if Path(folder).name == f"seed{seed}" else Path(folder) / f"seed{seed}"
-    checkpoint, theirs = load_checkpoint(folder, learner.args.device), saved_args(folder, Args)
-    if not (folder / Path(__file__).name).exists() or not {"critic", "behavior"} <= set(checkpoint["done"]):
-        raise UserError(f"--reuse: {folder} is no run of this script with critic and behaviour model finished")
-    fixed = ["env", "gamma", "tau", "expectile", "hidden", "behavior_hidden", "behavior_batch_size", "dropout"]
-    fixed += ["weight_decay", "scale_rewards", "reward_offset", "obs_dim", "action_dim"]
-    theirs, now = theirs | checkpoint["dims"], vars(learner.args) | vars(learner.data)
-    changed = [f"{name.replace('_', '-')} {theirs[name]}" for name in fixed if theirs[name] != now[name]]
-    if changed:
-        raise UserError(f"--reuse: {folder} was made with {', '.join(changed)}, unlike this run")
-    parts = ("critic", "value", "critic_target", "behavior")
-    set_state({name: learner.state[name] for name in parts}, checkpoint["learner"])
+    def reuse(self, folder, seed):
+        """Take critic and behaviour model from the checkpoint that a run of this script left for the same seed."""
+        folder = Path(folder) if Path(folder).name == f"seed{seed}" else Path(folder) / f"seed{seed}"
+        checkpoint, theirs = load_checkpoint(folder, self.args.device), saved_args(folder, Args)
+        if not (folder / Path(__file__).name).exists() or not {"critic", "behavior"} <= set(checkpoint["done"]):
+            raise UserError(f"--reuse {folder}: no run of srpo.py with finished critic and behaviour model")
+        fixed = ["env", "gamma", "tau", "expectile", "hidden", "behavior_hidden", "behavior_batch_size", "dropout"]
+        fixed += ["weight_decay", "scale_rewards", "reward_offset", "obs_dim", "action_dim"]
+        theirs, ours = theirs | checkpoint["dims"], vars(self.args) | vars(self.data)
+        changed = [f"{name.replace('_', '-')} {theirs[name]}" for name in fixed if theirs[name] != ours[name]]
+        if changed:
+            raise UserError(f"--reuse {folder}: made with {', '.join(changed)}, unlike this run")
+        parts = ("critic", "value", "critic_target", "behavior")
+        set_state({name: self.state[name] for name in parts}, checkpoint["learner"])
 
 
 # The 2-D experiments (Sec. 3, App. A): behaviour is a 2-D density, Q(a) = -|a - target|^2 is known, and in place of an
@@ -572,7 +572,7 @@ def main():
     if args.reuse:
         args.critic_steps = args.behavior_steps = 0
         for learner, seed in zip(learners, args.seed):
-            reuse_models(learner, args.reuse, seed)
+            learner.reuse(args.reuse, seed)
     run = Run(args, learners, data, __file__, PUBLISHED.get(args.env), PROTOCOL)
 
     update = capture(learners, "critic_update")

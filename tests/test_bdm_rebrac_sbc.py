@@ -303,7 +303,7 @@ def test_gradient_variance_beside_monte_carlo(shift):
             seen["level"] = level[:n]
             return (exact(level) + extra.repeat(2, 1)) * x
 
-        target = lambda x, obs, action, level: (exact(level) + shift) * x
+        target = lambda x, obs, action, level: (exact(level) + shift + extra) * x  # must be cut from the gradient
         s, s_next, s_f = (torch.randn(n, 1, generator=generator(k)) for k in range(3))
         loss = bdm_loss(net, target, s, s, s_next, s, s_f, torch.full((n,), discount), generator(3))
         return torch.autograd.grad(loss, extra)[0] * n

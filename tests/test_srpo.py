@@ -543,7 +543,7 @@ def test_reuse(start, tmp_path, capsys):
     assert "hidden 64" in refusal("--reuse", source, "--hidden", 32)
     checkpoint = common.load_checkpoint(source / "seed0")
     torch.save(checkpoint | dict(done=["critic"]), source / "seed0" / "checkpoint.pt")
-    assert "no run of this script with critic and behaviour model finished" in refusal("--reuse", source)
+    assert "no run of srpo.py with finished critic and behaviour model" in refusal("--reuse", source)
     assert "--fixed-t" in refusal("--fixed-t", 0)
 
 
