@@ -1536,6 +1536,7 @@ class Run:
                 for row in read_csv(folder / "metrics.csv")
                 if row["phase"] in self.done or (row["phase"] == self.phase and row["step"] <= self.step)
             ]
+            write_csv(folder / "metrics.csv", rows)  # without what a killed run logged after its last checkpoint
         print(f"resuming {self.root} at {self.phase} update {self.step:,}")
         return True
 
@@ -1628,11 +1629,7 @@ class Run:
             with open(path, "a", newline="") as file:
                 csv.DictWriter(file, known).writerow(row)
         else:  # a new column: write the file again with a longer header
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, list(dict.fromkeys(known + list(row))))
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(path, text.getvalue())
+            write_csv(path, rows)
         numbers = {f"{self.phase}/{name}": value for name, value in row.items() if name not in ("phase", "step")}
         for name, value in numbers.items():
             self.writers[i].add_scalar(name, value, self.step)
@@ -1814,6 +1811,14 @@ def read_csv(path):
     with open(path, newline="") as file:
         rows = [{name: text for name, text in row.items() if text} for row in csv.DictReader(file)]
     return [{name: text if name == "phase" else float(text) for name, text in row.items()} for row in rows]
+
+
+def write_csv(path, rows):
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_text(path, text):

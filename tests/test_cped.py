@@ -198,6 +198,17 @@ def test_offset_layer_norm():
     assert [name for name, _ in norm.named_parameters()] == ["offset"]
 
 
+def test_the_flow_moves_its_samples_to_where_the_discriminator_is_high():
+    """Eq. 4 subtracts E D(fake): with D(x) = sum of x and a large weight, samples must grow."""
+    learner = make_learner(gan_weight=1e4, behavior_lr=0.05)
+    learner.discriminator = lambda x: x
+    batch = random_batch(size=512)
+    first = learner.behavior.sample(batch.obs, generator()).mean()
+    for _ in range(20):
+        learner.behavior_step(batch, learner.behavior.sample(batch.obs, generator()))
+    assert learner.behavior.sample(batch.obs, generator()).mean() > first + 0.02
+
+
 def test_adam_of_the_flow():
     """Gradients 1 and 0.1 give steps of -0.99990 and -3.73752 learning rates."""
     learner = make_learner(behavior_lr=1e-4)
