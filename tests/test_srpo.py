@@ -539,7 +539,7 @@ def test_reuse(start, tmp_path, capsys):
         return error
 
     assert "holds no checkpoint" in refusal("--reuse", source, "--seed", 2)
-    assert "expectile 0.7" in refusal("--reuse", source, "--expectile", 0.9)
+    assert "expectile 0.9" in refusal("--reuse", source, "--expectile", 0.8)
     assert "hidden 64" in refusal("--reuse", source, "--hidden", 32)
     checkpoint = common.load_checkpoint(source / "seed0")
     torch.save(checkpoint | dict(done=["critic"]), source / "seed0" / "checkpoint.pt")
