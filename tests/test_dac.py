@@ -180,6 +180,21 @@ def test_target_of_a_whole_critic_step(terminal, y):
     assert learner.metrics.read()["critic_loss"] ** 0.5 == pytest.approx(y, abs=1e-4)
 
 
+def test_next_actions_stay_with_their_row():
+    """Target Q = s: each target is the next state of its own row, however many next actions are drawn there."""
+
+    class StateCritic(LinearCritic):
+        def forward(self, obs, action):
+            return obs[:, 0].expand(2, -1)
+
+    learner = make_learner(1, 1, critics=2, next_samples=3, rho=0.0, gamma=1.0)
+    give(learner, critic=LinearCritic([[0.0], [0.0]], [0.0, 0.0]))
+    learner.critic_target = StateCritic([[0.0], [0.0]], [0.0, 0.0])
+    next_obs = torch.arange(16.0)[:, None]
+    learner.critic_step(batch_of(torch.zeros(16, 1), terminal=0.0)._replace(next_obs=next_obs))
+    assert learner.metrics.read()["critic_loss"] == pytest.approx((next_obs**2).mean().item())
+
+
 def test_max_q_backup_takes_the_best_of_the_next_actions():
     loss = {}
     for max_q_backup in (False, True):
