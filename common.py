@@ -1770,8 +1770,8 @@ def draw_curve(path, rows_of_seeds, key, run):
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     curves = [[(row["step"], row[key]) for row in rows if key in row] for rows in rows_of_seeds]
-    for curve in curves:
-        left.plot(*zip(*curve), ".-", color="C0", alpha=1 if len(curves) == 1 else 0.3, label="one seed")
+    for i, curve in enumerate(curves):
+        left.plot(*zip(*curve), ".-", color="C0", alpha=1 if len(curves) == 1 else 0.3, label=None if i else "one seed")
     if len(curves) > 1:
         values = np.array([[value for _, value in curve] for curve in curves])
         steps, mean, std = [step for step, _ in curves[0]], values.mean(0), values.std(0, ddof=1)
@@ -1801,7 +1801,7 @@ def save_figure(path, *draw, size=4.5):
     axes = figure.subplots(1, len(draw), squeeze=False)
     for panel, function in zip(axes[0], draw):
         function(panel)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")  # equal axes would else lose their titles
 
 
 def read_csv(path):
