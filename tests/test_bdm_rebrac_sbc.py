@@ -352,6 +352,28 @@ def test_futures_of_a_linear_gaussian_system(kind, expected):
         assert -(states**2).mean().item() / (1 - 0.9) == pytest.approx(-1.3461538, rel=0.03)  # Q of the reward -s^2
 
 
+def test_futures_of_a_system_in_two_dimensions():
+    """s' = A s + B a + N(0, W), first s = (1, -.5), a = .3, then a = K s: mean and covariance of d in closed form."""
+    episodes, length, rng = 2000, 300, np.random.default_rng(0)
+    a, b, k = np.array([[1, 0.1], [0, 0.95]]), np.array([[0], [0.1]]), np.array([[-1, -1.2]])
+    obs = np.zeros((length, episodes, 2))
+    obs[0] = 1, -0.5
+    for t in range(length - 1):
+        action = np.full((episodes, 1), 0.3) if t == 0 else obs[t] @ k.T
+        obs[t + 1] = obs[t] @ a.T + action @ b.T + rng.standard_normal((episodes, 2)) * [0.01, 0.02]
+    end = np.zeros((episodes, length), bool)
+    end[:, -1] = True
+    zeros = np.zeros(end.size)
+    obs = obs.transpose(1, 0, 2).reshape(-1, 2)
+    data = Dataset.from_arrays("lg", obs, np.zeros((end.size, 1)), zeros, zeros > 0, end.ravel(), None)
+    index = torch.nonzero(data.step == 0).squeeze(1)
+    states, valid = Futures(data, 0.95, "corrected").draw(index, 100, generator())
+    states = states[valid[..., 0] == 1]
+    assert states.mean(0).tolist() == pytest.approx([0.404719, -0.286990], rel=0.02)
+    expected = torch.tensor([[0.109604, -0.055717], [-0.055717, 0.033402]])
+    assert torch.allclose(torch.cov(states.T), expected, rtol=0.03)
+
+
 def counting_data(episodes, length, ends):
     """obs = (episode, step); after its last row each episode terminates (`ends` 1) or is cut (0)."""
     obs = np.stack(np.divmod(np.arange(episodes * length), length), axis=1).astype(float)
