@@ -229,6 +229,17 @@ def test_updates_never_wait_and_draw_only_from_their_own_generator(name, start, 
     start(name, "--out", tmp_path)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_script
+def test_captured_equals_plain_and_alone_equals_company(name, start, tmp_path, monkeypatch):
+    """On CUDA: graphs on two streams give, for each seed, what the plain update gives it alone."""
+    start(name, "--device", "cuda", "--out", tmp_path / "captured", "--seed", 0, 1)
+    plain = lambda learners, phase: lambda: [getattr(learner, phase)() for learner in learners]
+    monkeypatch.setattr(importlib.import_module(name), "capture", plain)
+    start(name, "--device", "cuda", "--out", tmp_path / "plain", "--seed", 1)
+    assert_same(learned(tmp_path / "captured", name, 1), learned(tmp_path / "plain", name, 1))
+
+
 @every_script
 def test_unknown_env_is_one_sentence(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--env", "nonsense"])
