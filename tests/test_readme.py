@@ -76,3 +76,14 @@ def test_every_command_of_the_readme_parses():
         for flag in set(re.findall(r"--([\w-]+)", flags)) - {"help"}:
             field = flag.replace("-", "_")
             assert field in args or field.removeprefix("no_") in args, f"{name}.py --{flag}"
+
+
+def test_the_table_of_the_papers_is_that_of_the_scripts():
+    """Each row of the README's table holds what the scripts print beside their own scores."""
+    rows = re.findall(r"^\| ([\w-]+-v\d) \|(.*)\| not yet run on D4RL \|$", README, flags=re.M)
+    table = {env: [cell.strip() for cell in cells.split("|")] for env, cells in rows}
+    modules = [importlib.import_module(name) for name in ("dtql", "srpo", "dac", "qdq", "cped", "bdm_rebrac_sbc")]
+    columns = [module.PUBLISHED for module in modules] + [modules[-1].PUBLISHED_SBC]
+    assert set(table) == set().union(*columns)
+    for env, cells in table.items():
+        assert cells == [str(column.get(env, "")) for column in columns], env
