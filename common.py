@@ -1202,8 +1202,8 @@ def parse_args(Args, settings, proportional=(), doc=""):
     names the fields counted in updates that keep their proportion to `steps` when `--steps` is given and they are not.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env", default=Args.env)
-    early.add_argument("--evaluate")
+    early.add_argument("--env", nargs="?", default=Args.env, const=Args.env)  # tyro will say that a value is missing
+    early.add_argument("--evaluate", nargs="?")
     early, rest = early.parse_known_args()
     if early.env == "help":
         print(list_datasets())
@@ -1218,7 +1218,14 @@ def parse_args(Args, settings, proportional=(), doc=""):
         if relative and not {"-h", "--help"} & set(rest):
             print(f"note: no settings for {early.env} in this script; using those of {relative}")
     default = replace(Args(), **table)
-    args = tyro.cli(Args, default=default, description=doc.strip().split("\n\n")[0])
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            args = tyro.cli(Args, default=default, description=doc.strip().split("\n\n")[0])
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(f"{one_sentence(complaint.getvalue())}; --help lists all settings") from None
+        raise
     given = {token.split("=")[0].replace("_", "-") for token in rest}
     for field in proportional:
         if "--" + field.replace("_", "-") not in given:
@@ -1227,6 +1234,13 @@ def parse_args(Args, settings, proportional=(), doc=""):
     if args.device == "cpu" and args.env.startswith((*BUILT_IN, "bandit-")):
         torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much on a busy machine
     return args
+
+
+def one_sentence(box):
+    """What tyro prints in a frame, between rules: its first paragraph and the flag that it suggests."""
+    _, first, *rest = re.split("[─-]{3,}", re.sub(r"\x1b\[[0-9;]*m|[│╭╮]", "", box))
+    similar = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(rest))
+    return " ".join(first.split()).rstrip(".") + (f" (did you mean {similar[1]}?)" if similar else "")
 
 
 def nearest_settings(env, settings):
