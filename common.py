@@ -1,6 +1,6 @@
 """What the six scripts share: datasets, environments, evaluation, and the keeping of runs. No networks, no losses.
 
-Sections: facts, data, environments, evaluation, command line, learners, runs.
+Sections: errors, facts, data, environments, evaluation, command line, learners, runs.
 """
 
 import argparse
@@ -50,6 +50,32 @@ from gymnasium.envs.registration import EnvSpec
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Bad use: shown as one sentence, exit code 2."""
+
+    code = 2
+
+
+class RunError(UserError):
+    """Something failed (network, disk, broken file): shown as one sentence, exit code 1."""
+
+    code = 1
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def reason(error):
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Facts: where the public datasets are, what their files must look like, and how returns become scores
@@ -215,22 +241,6 @@ MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class UserError(Exception):
-    """Bad use: shown as one sentence, exit code 2."""
-
-    code = 2
-
-
-class RunError(UserError):
-    """Something failed (network, disk, broken file): shown as one sentence, exit code 1."""
-
-    code = 1
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 class Batch(NamedTuple):
     """One minibatch, float32. `terminal` is 1 at a true end of the MDP, never at a time limit."""
 
@@ -363,29 +373,26 @@ def load_dataset(
     Minari data hold every true successor, so neither of the two is needed there: their time-limit rows are kept.
     Raises UserError or RunError with one sentence that says what to do.
     """
-    path = None if data_path is None else Path(data_path).expanduser()
-    minari = is_minari(env) if path is None else path.is_dir()
-    if path is not None:
+    path = Path(data_path).expanduser() if data_path else None
+    minari = path.is_dir() if path else is_minari(env)
+    if path:
         check_judge(env, path)
-    elif minari:
-        path = fetch_minari(env)
-    elif env not in DATASETS and env not in BUILT_IN:
+    if minari:
+        raw, timeout_rule = read_minari(path or fetch_minari(env)), None
+    elif path:
+        raw = read_file(path, true_next_obs)
+    elif env in BUILT_IN:
+        raw = load_built_in(env)
+    elif env in DATASETS:
+        make_env(env).close()  # a package that it lacks is better known before a long download
+        raw = read_file(download(env), true_next_obs)
+    else:
         raise unknown_dataset(env)
 
-    raw = read_minari(path, env) if minari else None  # before make_env: the environment is described by the data
-    judge = make_env(env)
-    horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else judge.spec and judge.spec.max_episode_steps
-    try:
-        if path is None and env in BUILT_IN:
-            raw = load_built_in(env)
-        elif not minari:
-            raw = read_file(path or download(env), true_next_obs)
-        raw = check_arrays(raw, env)
-        set_timeouts(raw, env, horizon, None if minari else timeout_rule)
-        fit_to_env(raw, env, judge)
-    finally:
-        judge.close()
-
+    with make_env(env) as judge:
+        check_arrays(raw, env, judge)
+        horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else judge.spec and judge.spec.max_episode_steps
+    set_timeouts(raw, env, horizon, timeout_rule)
     next_obs = raw.pop("next_obs", None)
     ends = next_obs if next_obs is not None else raw["obs"]
     data = Dataset.from_arrays(
@@ -401,17 +408,15 @@ def load_dataset(
 
 
 def unknown_dataset(env: str) -> UserError:
-    """The error for a name that is not in the lists, with the nearest names."""
-    try:
-        gymnasium.spec(env)
+    if env in gymnasium.registry:
         return UserError(f'"{env}" is an environment, not a dataset: give its data by --data-path, or see --env help')
-    except gymnasium.error.Error:
-        pass
-    known = [*DATASETS, *BUILT_IN]
-    stem = re.sub(r"-v\d+$", "", env.lower().replace("_", "-"))
-    near = [name for name in known if re.sub(r"-v\d+$", "", name) == stem]
-    near = near or difflib.get_close_matches(env.lower().replace("_", "-"), known + MINARI_IDS, 3, 0.0)
-    return UserError(f'unknown dataset "{env}": did you mean {" or ".join(near)}? --env help lists all')
+    near = nearest(env, [*DATASETS, *BUILT_IN, *MINARI_IDS])
+    return UserError(f'unknown dataset "{env}": did you mean {near}? --env help lists all')
+
+
+def nearest(name: str, known) -> str:
+    """The three known names most like `name`, as the end of a question."""
+    return " or ".join(difflib.get_close_matches(name.lower().replace("_", "-"), known, 3, 0.0))
 
 
 def check_judge(env: str, path: Path) -> None:
@@ -431,24 +436,26 @@ def download(name: str) -> Path:
     source = DATASETS[name]
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     path = folder / Path(source.path).name
-    try:
-        if not path.exists():
+    if not path.exists():
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             with open(f"{path}.lock", "w") as lock:  # the lock of a killed process vanishes with it
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.exists():
                     fetch(name, path)
-                    return path
-        try:
-            open_hdf5(path, source.sizes).close()
-        except RunError as error:
-            advice = "delete it and run again, or set D4RL_DATASET_DIR to another folder"
-            raise RunError(f"{error}: {advice}") from error
-        if source.sizes and path.stat().st_size not in source.sizes:
-            warn(f"{path} is not one of the known versions of {name} (other size); continuing")
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error}") from error
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error}") from error
+    try:
+        open_hdf5(path, source.sizes).close()
+    except RunError as error:
+        raise RunError(f"{error}: delete it and run again, or set D4RL_DATASET_DIR to another folder") from error
+    if source.sizes and path.stat().st_size not in source.sizes:
+        warn(f"{path} is not one of the known versions of {name} (other size); continuing")
     return path
+
+
+NO_NETWORK = "data that need no network, such as --env halfcheetah-demo-medium-replay"
+NETWORK_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)  # all else of OSError: the disk
 
 
 def fetch(name: str, path: Path) -> None:
@@ -462,23 +469,19 @@ def fetch(name: str, path: Path) -> None:
                 missing = [key for key in NEEDED if KEYS[key] not in file]
             if missing:
                 raise RunError(f"the file has no {' '.join(KEYS[key] for key in missing)}")
-            known = part.stat().st_size in source.sizes[1:] or digest == source.sha256
-            if source.sha256 and not known:
-                warn(f"{url} is not one of the known versions of {name} (SHA-256 {digest}); continuing")
+            if source.sizes and part.stat().st_size == source.sizes[0] and digest != source.sha256:
+                warn(f"{url} is not the known version of {name} (SHA-256 {digest}); continuing")
             os.replace(part, path)
             return
         except urllib.error.HTTPError as error:
             failures.append(f"{url}: HTTP {error.code} {error.reason}")
-        except (http.client.HTTPException, urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError) as error:
+        except (RunError, http.client.HTTPException, *NETWORK_ERRORS) as error:
             failures.append(f"{url}: {getattr(error, 'reason', error)}")
-        except RunError as error:
-            failures.append(f"{url}: {error}")
         finally:
             part.unlink(missing_ok=True)
     raise RunError(
         f"could not download {name} ({'; '.join(failures)}): nothing was kept; the first server is known for long"
-        f" outages, so run again later, put the file at {path} by hand, or use data that need no network,"
-        " such as --env halfcheetah-demo-medium-replay"
+        f" outages, so run again later, put the file at {path} by hand, or use {NO_NETWORK}"
     )
 
 
@@ -551,62 +554,63 @@ def read_file(path: Path, with_next_obs: bool) -> dict[str, np.ndarray]:
 
 
 def is_minari(env: str) -> bool:
-    return "/" in env or (minari_root() / env / "data").is_dir()
+    return "/" in env or (minari_folder(env) / "data").is_dir()
 
 
-def minari_root() -> Path:
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+def minari_folder(env: str) -> Path:
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser() / env
 
 
-def import_minari():
+@contextlib.contextmanager
+def using_minari(failure: str, advice: str):
+    """Gives the package minari, and one sentence for what it raises, which is of many kinds."""
     try:
         import minari
-        import PIL  # noqa: F401  minari's HDF5 reader needs it, and nothing that minari asks for brings it
+
+        yield minari
+    except UserError:
+        raise
     except ImportError as error:
-        raise UserError(f'Minari data need the package {error.name}: pip install "minari[hdf5,hf]" pillow') from error
-    return minari
+        missing = error.name or "that fetches them"
+        raise UserError(f'Minari data need the package {missing}: pip install "minari[hdf5,hf]" pillow') from error
+    except Exception as error:
+        raise RunError(f"{failure} ({type(error).__name__}: {reason(error)[:200]}): {advice}") from error
 
 
 def fetch_minari(env: str) -> Path:
     """Folder of a Minari dataset, downloaded by the minari package if it is not there."""
-    folder = minari_root() / env
+    folder = minari_folder(env)
     if (folder / "data").is_dir():
         return folder
-    near = " or ".join(difflib.get_close_matches(env, MINARI_IDS, 3, 0.0))
+    near = nearest(env, MINARI_IDS)
     if not re.search(r"-v\d+$", env):
         raise UserError(f'Minari ids end in a version such as -v0, "{env}" does not: did you mean {near}?')
-    minari = import_minari()
     print(f"downloading the Minari dataset {env}", flush=True)
-    try:
+    with using_minari(
+        f"could not download {env}",
+        f"check the network and the id (near: {near}), or use {NO_NETWORK}",
+    ) as minari:
         minari.download_dataset(env)
-    except ImportError as error:
-        raise UserError(f'downloading {env} needs another package: pip install "minari[hdf5,hf]" pillow') from error
-    except Exception as error:  # what a missing network raises depends on the version of the hub's client
-        why = str(error).split("\n")[0][:200]
-        raise RunError(
-            f"could not download {env} ({type(error).__name__}: {why}): check the network and the id"
-            f" (near: {near}), or use data that need no network, such as --env halfcheetah-demo-medium-replay"
-        ) from error
     return folder
 
 
-def read_minari(folder: Path, env: str) -> dict[str, np.ndarray]:
-    """Flat arrays of a Minari dataset, with the true next_obs of every row; cached beside it, as reading is slow."""
-    store = folder if folder.name == "data" else folder / "data"
-    name = store.parent.name if folder.name == "data" else folder.name
-    repair = f"import minari; minari.download_dataset('{env if is_minari(env) else name}', force_download=True)"
-    broken = f'{folder} is no complete Minari dataset, perhaps an interrupted download; repair: python -c "{repair}"'
-    files = [file.stat() for file in store.rglob("*") if file.is_file()]
-    if not files:
-        raise RunError(broken)
-    stamp = f"{sum(file.st_size for file in files)}-{max(file.st_mtime_ns for file in files)}"
-    cache = store.parent / f"{name}-{stamp}.npz"
-    if (raw := load_cache(cache)) is not None:
-        return raw
-    minari = import_minari()
-    try:
-        dataset = minari.MinariDataset(store)
-        episodes = []
+@contextlib.contextmanager
+def open_minari(folder: Path):
+    """The Minari dataset in `folder`; whatever fails while it is in use is told as a damaged dataset."""
+    folder = folder.parent if folder.name == "data" else folder
+    name = folder.relative_to(minari_folder("")) if folder.is_relative_to(minari_folder("")) else folder.name
+    with using_minari(
+        f"Minari dataset '{name}' cannot be opened in {folder}",
+        "it is absent, or left by an interrupted download; repair: "
+        f"python -c \"import minari; minari.download_dataset('{name}', force_download=True)\"",
+    ) as minari:
+        yield minari.MinariDataset(folder / "data")
+
+
+def read_minari(folder: Path) -> dict[str, np.ndarray]:
+    """Flat arrays of a Minari dataset, with the true next_obs of every row."""
+    episodes = []
+    with open_minari(folder) as dataset:
         for episode in dataset.iterate_episodes():
             obs = flatten(dataset.observation_space, episode.observations)  # [T + 1, S]
             action = flatten(dataset.action_space, episode.actions)
@@ -614,76 +618,53 @@ def read_minari(folder: Path, env: str) -> dict[str, np.ndarray]:
             timeout = np.zeros_like(terminal)
             timeout[-1] = not terminal[-1]  # also where a recording just stops
             episodes.append((obs[:-1], action, np.float32(episode.rewards), terminal, timeout, obs[1:]))
-        raw = {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes))}
-        if len(raw["obs"]) != dataset.total_steps:
-            raise RunError(broken)
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(f"reading {folder} needs a package that is missing: {error}") from error
-    except Exception as error:  # minari and h5py raise many kinds for a half-written dataset
-        raise RunError(broken) from error
-    save_cache(cache, raw)
-    return raw
+        return {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes))}
 
 
 def flatten(space: gymnasium.Space, value) -> np.ndarray:
     """Steps of a nested observation [T, ...] as [T, S], in the order of gymnasium.spaces.flatten."""
-    if isinstance(space, gymnasium.spaces.Dict):
+    if isinstance(space, spaces.Dict):
         return np.concatenate([flatten(part, value[key]) for key, part in space.spaces.items()], axis=1)
-    if isinstance(space, gymnasium.spaces.Tuple):
-        return np.concatenate([flatten(part, value[i]) for i, part in enumerate(space.spaces)], axis=1)
-    if not isinstance(space, gymnasium.spaces.Box):
+    if not isinstance(space, spaces.Box):
         raise UserError(f"only continuous (Box) observations and actions are supported, the data have {space}")
     return np.asarray(value, np.float32).reshape(len(value), -1)
-
-
-def load_cache(path: Path) -> dict[str, np.ndarray] | None:
-    """Arrays of one of our own .npz files, None if it is missing or damaged."""
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return None
-
-
-def save_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write whole or not at all, also with several writers; a folder that cannot be written only means no cache."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, path)
-    except OSError as error:
-        warn(f"cannot cache {path} ({error}); continuing")
 
 
 # Checks
 
 
-def check_arrays(raw: dict[str, np.ndarray], env: str) -> dict[str, np.ndarray]:
-    """The arrays with plain shapes and types, or one sentence that says which of them is wrong and how."""
+def check_arrays(raw: dict[str, np.ndarray], env: str, judge: gymnasium.Env) -> None:
+    """Plain types and shapes and actions in [-1, 1], or one sentence that says which array is wrong and how."""
     lengths = {KEYS[key]: len(value) if np.ndim(value) else 0 for key, value in raw.items()}
     if len(set(lengths.values())) > 1:
-        raise UserError(
-            f"{env}: the arrays have different lengths: {', '.join(f'{k} {n}' for k, n in lengths.items())}"
-        )
-    if lengths["observations"] < 2:
-        raise UserError(f"{env}: the data are empty, found {lengths['observations']} rows")
+        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise UserError(f"{env}: the arrays have different lengths: {found}")
+    if len(raw["obs"]) < 2:
+        raise UserError(f"{env}: the data are empty, found {len(raw['obs'])} rows")
+    state, box = judge.observation_space, judge.original_action_space
+    shapes = dict(obs=state.shape, next_obs=state.shape, action=box.shape)
     for key, value in raw.items():
         if value.dtype.kind not in "biuf":
             raise UserError(f"{env}: {KEYS[key]} must hold numbers, found {value.dtype}")
         bad = np.flatnonzero(~np.isfinite(value).reshape(len(value), -1).all(axis=1))
         if len(bad):
             raise UserError(f"{env}: {KEYS[key]} has NaN or infinite values in {len(bad)} rows, the first is {bad[0]}")
-        if key in ("reward", "terminal", "timeout"):
-            if value.size != len(value):
-                raise UserError(f"{env}: {KEYS[key]}: expected shape ({len(value)},), found {value.shape}")
-            value = value.reshape(-1)  # some files store columns
-        dtype = bool if key in ("terminal", "timeout") else np.float32
-        raw[key] = value.astype(dtype, copy=False)
-    return raw
+        if key not in shapes and value.shape == (len(value), 1):
+            value = value[:, 0]  # some files store columns
+        if value.shape[1:] != shapes.get(key, ()):
+            expected = ", ".join(map(str, ("N", *shapes.get(key, ()))))
+            raise UserError(f"{env}: {KEYS[key]}: expected shape [{expected}], found {list(value.shape)}")
+        raw[key] = value.astype(bool if key in ("terminal", "timeout") else np.float32, copy=False)
+
+    low, high, action = box.low, box.high, raw["action"]
+    if np.any(action < low - 1e-3) or np.any(action > high + 1e-3):
+        raise UserError(
+            f"{env}: actions must be in [{low.min():g}, {high.max():g}], found [{action.min():g}, {action.max():g}]:"
+            " the data are scaled for another environment"
+        )
+    if np.any(low != -1) or np.any(high != 1):
+        action = 2 * (action - low) / (high - low) - 1
+    raw["action"] = np.clip(action, -1, 1).astype(np.float32, copy=False)
 
 
 def set_timeouts(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: Callable | None) -> None:
@@ -709,24 +690,6 @@ def count_timeouts(terminal: np.ndarray, horizon: int) -> np.ndarray:
         timeout[start + horizon - 1 - counter : end + 1 : horizon] = True
         start, counter = end + 1, 0 if timeout[end] else 1
     return timeout
-
-
-def fit_to_env(raw: dict[str, np.ndarray], env: str, judge: gymnasium.Env) -> None:
-    """Check the arrays against the environment's spaces and bring the actions to [-1, 1]."""
-    box = judge.original_action_space
-    for key, space in (("obs", judge.observation_space), ("next_obs", judge.observation_space), ("action", box)):
-        if key in raw and raw[key].shape[1:] != space.shape:
-            expected = ", ".join(["N", *map(str, space.shape)])
-            raise UserError(f"{env}: {KEYS[key]}: expected shape [{expected}], found {list(raw[key].shape)}")
-    low, high, action = box.low, box.high, raw["action"]
-    if np.any(action < low - 1e-3) or np.any(action > high + 1e-3):
-        raise UserError(
-            f"{env}: actions must be in [{low.min():g}, {high.max():g}], found [{action.min():g}, {action.max():g}]:"
-            " the data are scaled for another environment"
-        )
-    if np.any(low != -1) or np.any(high != 1):
-        action = 2 * (action - low) / (high - low) - 1
-    raw["action"] = np.clip(action, -1, 1).astype(np.float32, copy=False)
 
 
 # Built-in data
@@ -758,6 +721,27 @@ def load_built_in(name: str) -> dict[str, np.ndarray]:
         raw = make_cheetah_demo(name, DEMO_EPISODES[robot])
         save_cache(cache, raw)
     return raw
+
+
+def load_cache(path: Path) -> dict[str, np.ndarray] | None:
+    """Arrays of one of our own .npz files, None if it is missing or damaged."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def save_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write whole or not at all, also with several writers; a folder that cannot be written only means no cache."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(part, path)
+    except OSError as error:
+        warn(f"cannot cache {path} ({error}); continuing")
 
 
 def make_cheetah_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -849,9 +833,8 @@ def make_env(env, render_mode=None):
         if env.startswith(("mujoco/", "D4RL/")):  # published sets, recorded before mujoco 3.5
             _restore_margins(raw)
     else:
-        nearest = difflib.get_close_matches(env, [*DATASETS, *gymnasium.registry], 3, 0.5)
-        hint = f"; nearest names: {', '.join(nearest)}" if nearest else ""
-        raise UserError(f"unknown environment '{env}'{hint}")
+        near = nearest(env, [*DATASETS, *gymnasium.registry])
+        raise UserError(f"unknown environment '{env}': did you mean {near}?")
     return FlatEnv(raw, env)
 
 
@@ -1030,22 +1013,14 @@ class KitchenVector(gymnasium.ObservationWrapper):
         return np.concatenate([state[:9], state[18:39], self.goal])
 
 
-def _open_minari(env):
-    """The local Minari dataset `env`, opened but not read."""
-    try:
-        return import_minari().load_dataset(env)
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"Minari dataset '{env}' cannot be opened: {error}") from None
-
-
 def _make_minari(env, options):
     """The evaluation environment stored with a Minari dataset.
 
     Two tasks were recorded with rewards that go on after success. They are judged by the flags below: AntMaze ends
     with reward 1 at the goal, the kitchen pays once per subtask, so that returns are successes and subtasks.
     """
-    dataset = _open_minari(env)
-    spec = dataset.env_spec
+    with open_minari(minari_folder(env)) as dataset:
+        spec = dataset.env_spec
     if spec is None:
         raise UserError(f"Minari dataset '{env}' does not say which environment it was recorded in")
     if str(spec.entry_point).startswith("gymnasium_robotics"):
@@ -1108,7 +1083,8 @@ def score(env, returns):
         if env.startswith(("D4RL/antmaze/", "D4RL/kitchen/")):  # make_env gives them rewards of its own
             reference = REFERENCE[env.split("/")[1]]
         else:
-            metadata = _open_minari(env).storage.metadata
+            with open_minari(minari_folder(env)) as dataset:
+                metadata = dataset.storage.metadata
             reference = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
     else:
         reference = REFERENCE.get(env.split("-")[0].lower(), (None, None))
@@ -1291,11 +1267,6 @@ def cli(main):
 # ----------------------------------------------------------------------------------------------------------------------
 # Learners: metrics, state, saved policies, CUDA graphs
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def reason(error):
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class Metrics:
