@@ -188,18 +188,6 @@ MINARI_IDS = [f"mujoco/{robot}/{level}-v0" for robot in GYM_FAMILIES for level i
 MINARI_IDS += [f"D4RL/pen/{kind}-v2" for kind in ("human", "cloned", "expert")]
 
 
-def list_datasets() -> str:
-    """The text of `--env help`."""
-    names = "\n".join(f"  {name}" for name in (*BUILT_IN, "", *DATASETS))
-    return f"""Built-in data, made here in seconds, then D4RL's, downloaded once:
-{names}
-
-Minari: any id with its version, such as mujoco/hopper/medium-v0 (stored here, or downloaded once).
-Your own file: --data-path FILE (D4RL-style .hdf5, .npz, or a Minari dataset's folder), and --env naming
-  a dataset above or a Gymnasium environment such as Hopper-v4.
-bandit-...: 2-D toy problems that some scripts bring; see the script's --help."""
-
-
 # Where the recordings are judged. v4 and not v5: Walker2d-v5 has other feet, and v5 pays no healthy reward on the
 # last step, so returns would not be comparable with those of the v2 data.
 GYM_IDS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "pendulum": "Pendulum-v1"}
@@ -292,33 +280,19 @@ class Dataset:
         if len(keep) == 0:
             raise UserError(f"{name}: no transition is left: every row but the last is a time limit")
 
-        s, a = obs.shape[1], action.shape[1]
-        rows = np.empty((len(keep), 2 * s + 2 * a + 2), np.float32)
-        rows[:, :s] = obs[keep]
-        rows[:, s : s + a] = action[keep]
-        rows[:, s + a] = reward[keep]
-        rows[:, s + a + 1 : 2 * s + a + 1] = obs[after] if next_obs is None else next_obs
-        rows[:, 2 * s + a + 1 : -1] = action[after]
-        rows[:, -1] = terminal[keep]
+        following = obs[after] if next_obs is None else next_obs
         if ends is not None:
-            over = terminal[keep]
-            rows[over, s + a + 1 : 2 * s + a + 1] = ends[keep[over]]
+            following = np.where(terminal[keep, None], ends[keep], following)
+        columns = (obs[keep], action[keep], reward[keep, None], following, action[after], terminal[keep, None])
+        rows = np.concatenate(columns, axis=1, dtype=np.float32)
 
         first = np.flatnonzero(np.concatenate([[True], end[:-1]]))  # first row of each episode
         episode = np.cumsum(end) - end
-        returns = np.add.reduceat(reward.astype(np.float64), first)
         step = np.arange(len(obs)) - first[episode]
-        return cls(
-            name,
-            torch.from_numpy(rows),
-            s,
-            a,
-            torch.from_numpy(episode[keep]),
-            torch.from_numpy(step[keep]),
-            returns if end[-1] else returns[:-1],
-            make_env,
-            max_action,
-        )
+        returns = np.add.reduceat(reward.astype(np.float64), first)
+        returns = returns if end[-1] else returns[:-1]
+        rows, episode, step = (torch.from_numpy(array) for array in (rows, episode[keep], step[keep]))
+        return cls(name, rows, obs.shape[1], action.shape[1], episode, step, returns, make_env, max_action)
 
     @classmethod
     def bandit(cls, name, action, reward, terminal=True) -> "Dataset":
@@ -393,15 +367,9 @@ def load_dataset(
         check_arrays(raw, env, judge)
         horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else judge.spec and judge.spec.max_episode_steps
     set_timeouts(raw, env, horizon, timeout_rule)
-    next_obs = raw.pop("next_obs", None)
-    ends = next_obs if next_obs is not None else raw["obs"]
-    data = Dataset.from_arrays(
-        env,
-        **raw,
-        make_env=functools.partial(make_env, env),
-        next_obs=next_obs if minari else None,
-        ends=ends if true_next_obs and not minari else None,
-    )
+    if true_next_obs and not minari:
+        raw["ends"] = raw.pop("next_obs", raw["obs"])
+    data = Dataset.from_arrays(env, **raw, make_env=functools.partial(make_env, env))
     if len(data.episode_returns) == 0:
         raise UserError(f"{env}: the data hold no complete episode: no row is marked as terminal or as a time limit")
     return data
@@ -929,6 +897,8 @@ class AntMaze(gymnasium.Env):
     def __init__(self, maze, render_mode=None):
         walls, (goal_row, goal_col) = MAZES[maze]
         contact = {"solref": [0.02, 1], "solimp": [0.8, 0.8, 0.01, 0.5, 2]}
+        wall = {"type": mujoco.mjtGeom.mjGEOM_BOX, "size": [2, 2, 1], "contype": 1, "conaffinity": 1, "condim": 3}
+        wall |= {"margin": 0.01, "friction": [1, 0.5, 0.5], **contact}
         assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
         spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
         spec.option.timestep = 0.02
@@ -939,17 +909,7 @@ class AntMaze(gymnasium.Env):
         for row, cells in enumerate(walls):
             for col, cell in enumerate(cells):
                 if cell == "1":
-                    spec.worldbody.add_geom(
-                        type=mujoco.mjtGeom.mjGEOM_BOX,
-                        pos=[4 * (col - 1), 4 * (row - 1), 1],
-                        size=[2, 2, 1],
-                        contype=1,
-                        conaffinity=1,
-                        condim=3,
-                        margin=0.01,
-                        friction=[1, 0.5, 0.5],
-                        **contact,
-                    )
+                    spec.worldbody.add_geom(pos=[4 * (col - 1), 4 * (row - 1), 1], **wall)
         self.model = spec.compile()
         self.data = mujoco.MjData(self.model)
         self.goal_cell = np.array([4.0 * (goal_col - 1), 4.0 * (goal_row - 1)])
@@ -1094,6 +1054,17 @@ def score(env, returns):
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
 
 
+def describe(env, returns):
+    text = f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
+    scores = score(env, returns)
+    return text if scores is None else f"{text} | D4RL score {np.mean(scores):.1f} ± {np.std(scores):.1f}"
+
+
+def evaluation_seed(seed):
+    """Episode i of every evaluation of a run starts from seed `1000 * seed + 100 + i`."""
+    return 1000 * seed + 100
+
+
 def evaluate(act, envs, seed):
     """Raw undiscounted return [n] of exactly one episode in each of the n environments.
 
@@ -1210,6 +1181,18 @@ def parse_args(Args, settings, proportional=(), doc=""):
     if args.device == "cpu" and args.env.startswith((*BUILT_IN, "bandit-")):
         torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much on a busy machine
     return args
+
+
+def list_datasets() -> str:
+    """The text of `--env help`."""
+    names = "\n".join(f"  {name}" for name in (*BUILT_IN, "", *DATASETS))
+    return f"""Built-in data, made here in seconds, then D4RL's, downloaded once:
+{names}
+
+Minari: any id with its version, such as mujoco/hopper/medium-v0 (stored here, or downloaded once).
+Your own file: --data-path FILE (D4RL-style .hdf5, .npz, or a Minari dataset's folder), and --env naming
+  a dataset above or a Gymnasium environment such as Hopper-v4.
+bandit-...: 2-D toy problems that some scripts bring; see the script's --help."""
 
 
 def one_sentence(box):
@@ -1370,17 +1353,6 @@ def evaluate_run(args, Learner):
         print(f"video of the first episode (return {value:.1f}): {film}")
 
 
-def evaluation_seed(seed):
-    """Episode i of every evaluation of a run starts from seed `1000 * seed + 100 + i`."""
-    return 1000 * seed + 100
-
-
-def describe(env, returns):
-    text = f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
-    scores = score(env, returns)
-    return text if scores is None else f"{text} | D4RL score {np.mean(scores):.1f} ± {np.std(scores):.1f}"
-
-
 def capture(learners, phase):
     """A function that performs `learner.<phase>()` for every learner.
 
@@ -1434,6 +1406,7 @@ def take_back(learner, before):
 
 FREE_SETTINGS = {"seed", "device", "out", "resume", "data_path", "evaluate", "video", "wandb"}  # may differ on --resume
 FREE_SETTINGS |= {"eval_every", "eval_episodes", "log_every", "checkpoint_every"}
+BOOKS = ("phase", "step", "done", "speed", "seconds")  # what a checkpoint holds of a Run
 
 
 class Run:
@@ -1453,15 +1426,14 @@ class Run:
         self.speed = {}  # phase -> [updates, seconds spent on them]
         self.seconds = 0.0
         self.rows = [[] for _ in learners]  # what stands in metrics.csv
+        self.columns = [{} for _ in learners]  # its header, as the keys of a dict
         name = args.env.replace("/", "-") + (f"@{Path(args.data_path).stem}" if args.data_path else "")
         self.root = Path(args.out) / self.script.stem / name
         self.folders = [self.root / f"seed{seed}" for seed in args.seed]
         if not (args.resume and self.restore()):
             self.open_folders()
         self.writers = [SummaryWriter(str(folder), purge_step=self.step) for folder in self.folders]
-        self.wandb = (
-            [start_wandb(args, folder, seed) for folder, seed in zip(self.folders, args.seed)] if args.wandb else []
-        )
+        self.wandb = [start_wandb(args, *seed) for seed in zip(self.folders, args.seed) if args.wandb]
         self.start = time.monotonic() - self.seconds
         self.stop = None
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1478,18 +1450,14 @@ class Run:
         versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium)}
         versions |= dict(python=platform.python_version(), mujoco=mujoco.__version__)
         device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.processor()
+        about = dict(versions=versions, device=device, git=git_commit(self.script))
         for folder, seed in zip(self.folders, args.seed):
             if folder.exists():
-                aside = next(
-                    p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.old{n}")).exists()
-                )
+                aside = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.old{n}")).exists())
                 folder.rename(aside)
                 print(f"note: the earlier run in {folder} is now {aside} (--resume would have continued it)")
             folder.mkdir(parents=True)
-            about = dict(
-                args=asdict(args) | dict(seed=[seed]), versions=versions, device=device, git=git_commit(self.script)
-            )
-            write_text(folder / "args.json", json.dumps(about, indent=2))
+            write_text(folder / "args.json", json.dumps(dict(args=asdict(args) | dict(seed=[seed])) | about, indent=2))
             shutil.copy(self.script, folder)
 
     def restore(self):
@@ -1513,15 +1481,12 @@ class Run:
             if changed:
                 raise UserError(f"cannot resume {folder} with other settings: {', '.join(changed)}; use another --out")
             set_state(learner.state, checkpoint["learner"])
-        self.phase, self.step, self.done = checkpoints[0]["phase"], checkpoints[0]["step"], checkpoints[0]["done"]
-        self.speed, self.seconds = checkpoints[0]["speed"], checkpoints[0]["seconds"]
-        for rows, folder in zip(self.rows, self.folders):
-            rows += [
-                row
-                for row in read_csv(folder / "metrics.csv")
-                if row["phase"] in self.done or (row["phase"] == self.phase and row["step"] <= self.step)
-            ]
-            write_csv(folder / "metrics.csv", rows)  # without what a killed run logged after its last checkpoint
+        for name in BOOKS:
+            setattr(self, name, checkpoints[0][name])
+        for rows, folder in zip(self.rows, self.folders):  # without what a killed run logged after its checkpoint
+            for row in read_csv(folder / "metrics.csv"):
+                if row["phase"] in self.done or (row["phase"] == self.phase and row["step"] <= self.step):
+                    rows.append(row)
         print(f"resuming {self.root} at {self.phase} update {self.step:,}")
         return True
 
@@ -1570,11 +1535,11 @@ class Run:
     def record(self, steps, evaluating):
         """One row of metrics.csv and TensorBoard per seed, and a line on the terminal."""
         self.wait()
-        metrics = [learner.metrics.read() for learner in self.learners]
         now, count = time.monotonic(), self.step - self.clock_step
-        totals = self.speed.setdefault(self.phase, [0, 0.0])
-        totals[0], totals[1] = totals[0] + count, totals[1] + now - self.clock
-        rate = count / max(now - self.clock, 1e-9)
+        spent = max(now - self.clock, 1e-9)
+        updates, seconds = self.speed.get(self.phase, (0, 0.0))
+        self.speed[self.phase] = [updates + count, seconds + spent]
+        metrics = [learner.metrics.read() for learner in self.learners]
         for seed, values in zip(self.args.seed, metrics):
             for name, value in values.items():
                 if not math.isfinite(value):
@@ -1582,14 +1547,13 @@ class Run:
                         f"{name} became {value} before {self.phase} update {self.step:,} of seed {seed}; "
                         f"the last checkpoint in {self.root} is from before that"
                     )
-        for i, (learner, values) in enumerate(zip(self.learners, metrics)):
-            row = dict(phase=self.phase, step=self.step, seconds=round(now - self.start, 1), updates_per_second=rate)
-            if evaluating:
-                row |= self.evaluate(learner, self.args.seed[i])
-            self.write_row(i, row | values)
+        for i, values in enumerate(metrics):
+            row = dict(phase=self.phase, step=self.step, seconds=round(now - self.start, 1))
+            row |= dict(updates_per_second=count / spent) | (self.evaluate(i) if evaluating else {}) | values
+            self.write_row(i, row)
         if evaluating:
             self.draw()
-        self.show(steps, rate, metrics, evaluating)
+        self.show(steps, count / spent, metrics[0], evaluating)
         self.wait()
         self.clock, self.clock_step = time.monotonic(), self.step
 
@@ -1598,23 +1562,27 @@ class Run:
         if self.args.device.startswith("cuda"):
             torch.cuda.synchronize(self.args.device)
 
-    def evaluate(self, learner, seed):
+    def evaluate(self, i):
         if self.envs is None:
             self.envs = [self.data.make_env() for _ in range(self.args.eval_episodes)]
-        returns = evaluate(policy_of(learner), self.envs, seed=evaluation_seed(seed))
+        returns = evaluate(policy_of(self.learners[i]), self.envs, seed=evaluation_seed(self.args.seed[i]))
         scores = score(self.args.env, returns)
         row = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
         return row if scores is None else row | {"score": float(np.mean(scores))}
 
     def write_row(self, i, row):
-        path, rows = self.folders[i] / "metrics.csv", self.rows[i]
-        known = list(dict.fromkeys(name for old in rows for name in old))
+        path, rows, columns = self.folders[i] / "metrics.csv", self.rows[i], self.columns[i]
         rows.append(row)
-        if set(row) <= set(known) and path.exists():
+        if row.keys() <= columns.keys():
             with open(path, "a", newline="") as file:
-                csv.DictWriter(file, known).writerow(row)
-        else:  # a new column: write the file again with a longer header
-            write_csv(path, rows)
+                csv.DictWriter(file, columns).writerow(row)
+        else:  # a new column, or a resumed run: write all rows again, below a longer header
+            columns.update(dict.fromkeys(name for row in rows for name in row))
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(path, text.getvalue())
         numbers = {f"{self.phase}/{name}": value for name, value in row.items() if name not in ("phase", "step")}
         for name, value in numbers.items():
             self.writers[i].add_scalar(name, value, self.step)
@@ -1632,20 +1600,15 @@ class Run:
         if self.bar.disable and (evaluating or self.step == steps or time.monotonic() - self.printed > 10):
             self.printed = time.monotonic()
             left = time.strftime("%H:%M:%S", time.gmtime((steps - self.step) / rate))
-            losses = ", ".join(f"{name} {value:.3g}" for name, value in list(metrics[0].items())[:4])
-            print(
-                f"{self.phase} {self.step:,}/{steps:,} | {rate:.0f} updates/s, {left} left | {losses}"
-                + (f" | {text}" if text else ""),
-                flush=True,
-            )
+            losses = ", ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4])
+            line = f"{self.phase} {self.step:,}/{steps:,} | {rate:.0f} updates/s, {left} left | {losses}"
+            print(f"{line} | {text}" if text else line, flush=True)
 
     def save(self):
         """Checkpoints of all seeds: written beside the old ones first, then renamed, so that a kill costs nothing."""
         self.seconds = time.monotonic() - self.start
         dims = {name: getattr(self.data, name) for name in ("obs_dim", "action_dim", "max_action")}
-        books = dict(
-            phase=self.phase, step=self.step, done=self.done, speed=self.speed, seconds=self.seconds, dims=dims
-        )
+        books = {name: getattr(self, name) for name in BOOKS} | dict(dims=dims)
         parts = [folder / "checkpoint.pt.part" for folder in self.folders]
         try:
             for part, learner in zip(parts, self.learners):
@@ -1661,12 +1624,10 @@ class Run:
 
     def draw(self):
         """curve.png of each seed and, with several, one with their mean and band."""
-        curves = [[row for row in rows if "return" in row] for rows in self.rows]
-        key = "score" if curves[0] and "score" in curves[0][0] else "return"
         for folder, rows in zip(self.folders, self.rows):
-            draw_curve(folder / "curve.png", [rows], key, self)
+            draw_curve(folder / "curve.png", [rows], self)
         if len(self.folders) > 1:
-            draw_curve(self.root / "curve.png", self.rows, key, self)
+            draw_curve(self.root / "curve.png", self.rows, self)
 
     def finish(self):
         """summary.json of each seed (and of all), the last curve, and the closing lines."""
@@ -1685,9 +1646,7 @@ class Run:
             print(f"data        return {mean:.1f} on average over {len(behavior)} episodes, best {best:.1f}")
         if self.published is not None:
             print(f"paper       score {self.published} ({self.protocol})")
-        rates = ", ".join(
-            f"{phase} {updates / max(seconds, 1e-9):.0f}" for phase, (updates, seconds) in self.speed.items()
-        )
+        rates = ", ".join(f"{phase} {rate:.0f}" for phase, rate in self.rates().items())
         print(f"speed       {rates} updates/s; {self.seconds / 60:.1f} minutes in all")
         print(f"files       {self.root if len(summaries) > 1 else self.folders[0]}")
         for writer in self.writers:
@@ -1702,11 +1661,13 @@ class Run:
             values = [row[key] for row in evaluated if key in row]
             if values:
                 summary[key] = dict(last=values[-1], last_five=float(np.mean(values[-5:])), best=max(values))
-        rates = {phase: updates / max(seconds, 1e-9) for phase, (updates, seconds) in self.speed.items()}
         summary |= dict(evaluations=len(evaluated), episodes=args.eval_episodes, paper_score=self.published)
-        return summary | dict(
-            protocol=self.protocol, updates_per_second=rates, seconds=self.seconds, device=args.device
-        )
+        summary |= dict(protocol=self.protocol, updates_per_second=self.rates())
+        return summary | dict(seconds=self.seconds, device=args.device)
+
+    def rates(self):
+        """Updates per second of each phase."""
+        return {phase: updates / max(seconds, 1e-9) for phase, (updates, seconds) in self.speed.items()}
 
 
 def print_summary(summaries):
@@ -1730,17 +1691,12 @@ def across_seeds(summaries):
             result[key] = {}
             for when in summaries[0][key]:
                 values = np.array([summary[key][when] for summary in summaries])
+                std = values.std(ddof=1)
                 resampled = np.random.default_rng(0).choice(values, (2000, len(values)))
                 low, high = np.percentile([interquartile_mean(sample) for sample in resampled], [2.5, 97.5])
-                result[key][when] = dict(
-                    mean=values.mean(),
-                    std=values.std(ddof=1),
-                    stderr=values.std(ddof=1) / len(values) ** 0.5,
-                    iqm=interquartile_mean(values),
-                    iqm_low=low,
-                    iqm_high=high,
-                    seeds=values.tolist(),
-                )
+                statistics = dict(mean=values.mean(), std=std, stderr=std / len(values) ** 0.5)
+                statistics |= dict(iqm=interquartile_mean(values), iqm_low=low, iqm_high=high, seeds=values.tolist())
+                result[key][when] = statistics
     return result
 
 
@@ -1750,10 +1706,11 @@ def interquartile_mean(values):
     return float(np.sort(values)[cut : len(values) - cut].mean())
 
 
-def draw_curve(path, rows_of_seeds, key, run):
+def draw_curve(path, rows_of_seeds, run):
     """Score over updates, with the data's and the paper's level, beside the losses; a line per seed and their mean."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    key = "score" if any("score" in row for row in rows_of_seeds[0]) else "return"
     curves = [[(row["step"], row[key]) for row in rows if key in row] for rows in rows_of_seeds]
     for i, curve in enumerate(curves):
         left.plot(*zip(*curve), ".-", color="C0", alpha=1 if len(curves) == 1 else 0.3, label=None if i else "one seed")
@@ -1767,15 +1724,14 @@ def draw_curve(path, rows_of_seeds, key, run):
         left.axhline(np.mean(behavior), color="grey", linestyle="--", label="behaviour in the data")
     if run.published is not None and key == "score":
         left.axhline(float(str(run.published).split()[0]), color="C3", linestyle=":", label="paper")
-    left.set(
-        xlabel=f"updates (phase: {run.phase})", ylabel="D4RL score" if key == "score" else "return", title=run.root.name
-    )
+    updates = f"updates (phase: {run.phase})"
+    left.set(xlabel=updates, ylabel="D4RL score" if key == "score" else "return", title=run.root.name)
     left.legend(fontsize=8)
     for name in dict.fromkeys(name for row in rows_of_seeds[0] for name in row if name.endswith("_loss")):
         points = [(row["step"], row[name]) for row in rows_of_seeds[0] if row["phase"] == run.phase and name in row]
         if points:
             right.plot(*zip(*points), label=name)
-    right.set(xlabel=f"updates (phase: {run.phase})", title="losses", yscale="symlog")
+    right.set(xlabel=updates, title="losses", yscale="symlog")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -1798,14 +1754,6 @@ def read_csv(path):
     return [{name: text if name == "phase" else float(text) for name, text in row.items()} for row in rows]
 
 
-def write_csv(path, rows):
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
 def write_text(path, text):
     """Write a whole file or nothing."""
     part = path.with_name(path.name + ".part")
@@ -1817,8 +1765,8 @@ def git_commit(script):
     """The commit that `script` stands in, None outside a repository."""
     command = ["git", "-C", str(script.resolve().parent), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
         return None
 
 
@@ -1828,6 +1776,5 @@ def start_wandb(args, folder, seed):
     except ImportError:
         raise UserError("--wandb needs the wandb package: pip install wandb") from None
     name = f"{folder.parent.parent.name} {args.env} seed {seed}"
-    return wandb.init(
-        project="offline-rl", name=name, dir=folder, config=asdict(args) | dict(seed=seed), reinit="create_new"
-    )
+    settings = asdict(args) | dict(seed=seed)
+    return wandb.init(project="offline-rl", name=name, dir=folder, config=settings, reinit="create_new")
