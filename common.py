@@ -161,6 +161,17 @@ DATASETS = {}
 for _name, *_sizes, _sha256 in (line.split() for line in KNOWN_FILES.split("\n") if line):
     DATASETS[_name] = Source(server_path(_name), tuple(int(s) for s in _sizes if s != "-"), _sha256.strip("-"))
 
+# Names of arrays: here, and in the files (either is read); a file must hold those in NEEDED.
+KEYS = {
+    "obs": "observations",
+    "action": "actions",
+    "reward": "rewards",
+    "terminal": "terminals",
+    "timeout": "timeouts",
+    "next_obs": "next_observations",
+}
+NEEDED = ("obs", "action", "reward", "terminal")
+
 GYM_FAMILIES = ("halfcheetah", "hopper", "walker2d")
 # Raw returns that D4RL calls score 0 and score 100, by the first word of the dataset's name.
 REFERENCE = {
@@ -187,30 +198,17 @@ BUILT_IN = {
 MINARI_IDS = [f"mujoco/{robot}/{level}-v0" for robot in GYM_FAMILIES for level in ("simple", "medium", "expert")]
 MINARI_IDS += [f"D4RL/pen/{kind}-v2" for kind in ("human", "cloned", "expert")]
 
-
 # Where the recordings are judged. v4 and not v5: Walker2d-v5 has other feet, and v5 pays no healthy reward on the
 # last step, so returns would not be comparable with those of the v2 data.
 GYM_IDS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "pendulum": "Pendulum-v1"}
 
 # D4RL's mazes: 1 is wall, a cell is 4 m wide, the ant starts in cell (1, 1); second the goal cell (row, column).
 MAZES = {
-    "umaze": (("11111", "10001", "11101", "10001", "11111"), (3, 1)),
-    "medium": (
-        ("11111111", "10011001", "10010001", "11000111", "10010001", "10100101", "10001001", "11111111"),
-        (6, 6),
-    ),
+    "umaze": ("11111 10001 11101 10001 11111".split(), (3, 1)),
+    "medium": ("11111111 10011001 10010001 11000111 10010001 10100101 10001001 11111111".split(), (6, 6)),
     "large": (
-        (
-            "111111111111",
-            "100001000001",
-            "101101010101",
-            "100000010001",
-            "101111011101",
-            "100101000001",
-            "110101010111",
-            "100100010001",
-            "111111111111",
-        ),
+        "111111111111 100001000001 101101010101 100000010001 101111011101".split()
+        + "100101000001 110101010111 100100010001 111111111111".split(),
         (7, 9),
     ),
 }
@@ -352,7 +350,7 @@ def load_dataset(
     if path:
         check_judge(env, path)
     if minari:
-        raw, timeout_rule = read_minari(path or fetch_minari(env)), None
+        raw, timeout_rule = read_minari(path.name if path else env, path), None
     elif path:
         raw = read_file(path, true_next_obs)
     elif env in BUILT_IN:
@@ -387,15 +385,6 @@ def nearest(name: str, known) -> str:
     return " or ".join(difflib.get_close_matches(name.lower().replace("_", "-"), known, 3, 0.0))
 
 
-def check_judge(env: str, path: Path) -> None:
-    """Refuse a D4RL file that would be evaluated in an environment with other physics."""
-    for name, source in DATASETS.items():
-        family = name.split("-")[0]
-        right = env.split("-")[0] == family or (family in GYM_FAMILIES and env.lower() == f"{family}-v4")
-        if Path(source.path).name == path.name and not right:
-            raise UserError(f"{path.name} cannot be evaluated in {env}, whose physics differ: use --env {name}")
-
-
 # Downloads
 
 
@@ -422,7 +411,6 @@ def download(name: str) -> Path:
     return path
 
 
-NO_NETWORK = "data that need no network, such as --env halfcheetah-demo-medium-replay"
 NETWORK_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)  # all else of OSError: the disk
 
 
@@ -449,7 +437,8 @@ def fetch(name: str, path: Path) -> None:
             part.unlink(missing_ok=True)
     raise RunError(
         f"could not download {name} ({'; '.join(failures)}): nothing was kept; the first server is known for long"
-        f" outages, so run again later, put the file at {path} by hand, or use {NO_NETWORK}"
+        f" outages, so run again later, put the file at {path} by hand, or use data that need no network,"
+        " such as --env halfcheetah-demo-medium-replay"
     )
 
 
@@ -483,18 +472,7 @@ def open_hdf5(path: Path, sizes: tuple[int, ...] = ()) -> h5py.File:
         raise RunError(f"{path} {why}") from error
 
 
-# Readers: each gives a dict of arrays named as below
-
-
-KEYS = {
-    "obs": "observations",
-    "action": "actions",
-    "reward": "rewards",
-    "terminal": "terminals",
-    "timeout": "timeouts",
-    "next_obs": "next_observations",
-}
-NEEDED = ("obs", "action", "reward", "terminal")
+# Readers: each gives a dict of arrays named as in KEYS
 
 
 def read_file(path: Path, with_next_obs: bool) -> dict[str, np.ndarray]:
@@ -506,19 +484,20 @@ def read_file(path: Path, with_next_obs: bool) -> dict[str, np.ndarray]:
         raise RunError(f"{path} is empty")
     try:
         with np.load(path) if path.suffix == ".npz" else open_hdf5(path) as file:
-            names = {short: next((n for n in (long, short) if n in file), None) for short, long in wanted.items()}
-            missing = [KEYS[short] for short in NEEDED if names[short] is None]
+            found = {short: file[name] for short, long in wanted.items() for name in (short, long) if name in file}
+            missing = [KEYS[short] for short in NEEDED if short not in found]
             if missing:
                 raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(file))[:200]}")
-            raw = {}
-            for short, name in names.items():
-                if name is not None:
-                    floats = isinstance(file[name], h5py.Dataset) and file[name].dtype.kind == "f"
-                    # h5py converts in small pieces, so float64 files need no second copy
-                    raw[short] = file[name].astype(np.float32)[()] if floats else np.asarray(file[name])
-            return raw
+            for short, value in found.items():
+                floats = isinstance(value, h5py.Dataset) and value.dtype.kind == "f"
+                # h5py converts in small pieces, so float64 files need no second copy
+                found[short] = value.astype(np.float32)[()] if floats else np.asarray(value)
+            return found
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise RunError(f"cannot read {path}, the file is damaged: {error}") from error
+
+
+# Minari
 
 
 def is_minari(env: str) -> bool:
@@ -530,55 +509,37 @@ def minari_folder(env: str) -> Path:
 
 
 @contextlib.contextmanager
-def using_minari(failure: str, advice: str):
-    """Gives the package minari, and one sentence for what it raises, which is of many kinds."""
+def open_minari(env: str, folder: Path | None = None, download: bool = False):
+    """A Minari dataset by its id, or by its folder. What goes wrong while it is in use becomes one sentence."""
+    folder = folder or minari_folder(env)
+    near = nearest(env, MINARI_IDS)
+    download = download and not (folder / "data").is_dir()
+    if download and not re.search(r"-v\d+$", env):
+        raise UserError(f'Minari ids end in a version such as -v0, "{env}" does not: did you mean {near}?')
     try:
         import minari
 
-        yield minari
+        if download:
+            print(f"downloading the Minari dataset {env}", flush=True)
+            minari.download_dataset(env)
+        yield minari.MinariDataset(folder if folder.name == "data" else folder / "data")
     except UserError:
         raise
     except ImportError as error:
         missing = error.name or "that fetches them"
         raise UserError(f'Minari data need the package {missing}: pip install "minari[hdf5,hf]" pillow') from error
-    except Exception as error:
-        raise RunError(f"{failure} ({type(error).__name__}: {reason(error)[:200]}): {advice}") from error
+    except Exception as error:  # the package lets through many kinds
+        raise RunError(
+            f"Minari dataset '{env}' cannot be opened ({type(error).__name__}: {reason(error)[:200]}): check the id"
+            f" (near: {near}) and the network; what an interrupted download has left in {folder} is repaired by"
+            f" python -c \"import minari; minari.download_dataset('{env}', force_download=True)\""
+        ) from error
 
 
-def fetch_minari(env: str) -> Path:
-    """Folder of a Minari dataset, downloaded by the minari package if it is not there."""
-    folder = minari_folder(env)
-    if (folder / "data").is_dir():
-        return folder
-    near = nearest(env, MINARI_IDS)
-    if not re.search(r"-v\d+$", env):
-        raise UserError(f'Minari ids end in a version such as -v0, "{env}" does not: did you mean {near}?')
-    print(f"downloading the Minari dataset {env}", flush=True)
-    with using_minari(
-        f"could not download {env}",
-        f"check the network and the id (near: {near}), or use {NO_NETWORK}",
-    ) as minari:
-        minari.download_dataset(env)
-    return folder
-
-
-@contextlib.contextmanager
-def open_minari(folder: Path):
-    """The Minari dataset in `folder`; whatever fails while it is in use is told as a damaged dataset."""
-    folder = folder.parent if folder.name == "data" else folder
-    name = folder.relative_to(minari_folder("")) if folder.is_relative_to(minari_folder("")) else folder.name
-    with using_minari(
-        f"Minari dataset '{name}' cannot be opened in {folder}",
-        "it is absent, or left by an interrupted download; repair: "
-        f"python -c \"import minari; minari.download_dataset('{name}', force_download=True)\"",
-    ) as minari:
-        yield minari.MinariDataset(folder / "data")
-
-
-def read_minari(folder: Path) -> dict[str, np.ndarray]:
+def read_minari(env: str, folder: Path | None) -> dict[str, np.ndarray]:
     """Flat arrays of a Minari dataset, with the true next_obs of every row."""
     episodes = []
-    with open_minari(folder) as dataset:
+    with open_minari(env, folder, download=folder is None) as dataset:
         for episode in dataset.iterate_episodes():
             obs = flatten(dataset.observation_space, episode.observations)  # [T + 1, S]
             action = flatten(dataset.action_space, episode.actions)
@@ -601,14 +562,23 @@ def flatten(space: gymnasium.Space, value) -> np.ndarray:
 # Checks
 
 
+def check_judge(env: str, path: Path) -> None:
+    """Refuse a D4RL file that would be evaluated in an environment with other physics."""
+    for name, source in DATASETS.items():
+        family = name.split("-")[0]
+        right = env.split("-")[0] == family or (family in GYM_FAMILIES and env.lower() == f"{family}-v4")
+        if Path(source.path).name == path.name and not right:
+            raise UserError(f"{path.name} cannot be evaluated in {env}, whose physics differ: use --env {name}")
+
+
 def check_arrays(raw: dict[str, np.ndarray], env: str, judge: gymnasium.Env) -> None:
     """Plain types and shapes and actions in [-1, 1], or one sentence that says which array is wrong and how."""
     lengths = {KEYS[key]: len(value) if np.ndim(value) else 0 for key, value in raw.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise UserError(f"{env}: the arrays have different lengths: {found}")
-    if len(raw["obs"]) < 2:
-        raise UserError(f"{env}: the data are empty, found {len(raw['obs'])} rows")
+    if lengths["observations"] < 2:
+        raise UserError(f"{env}: the data are empty, found {lengths['observations']} rows")
     state, box = judge.observation_space, judge.original_action_space
     shapes = dict(obs=state.shape, next_obs=state.shape, action=box.shape)
     for key, value in raw.items():
@@ -775,31 +745,25 @@ def make_pendulum_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.
 
 
 def make_env(env, render_mode=None):
-    """One evaluation environment for a dataset's name or a Gymnasium id.
+    """One evaluation environment: observations are flat float32 [S], actions are [A] in [-1, 1].
 
-    Observations are flat float32 [S] (dicts in the order of gymnasium.spaces.flatten), actions are [A] in [-1, 1].
-
-    - D4RL names (`DATASETS`), with D4RL's time limits and rules of ending. Locomotion runs in Gymnasium's v4.
-    - `halfcheetah-demo-*`, `pendulum-demo-*`: the environments of the built-in data.
-    - Minari ids (with a slash, dataset already downloaded): the evaluation environment stored with the data.
-    - Any other id in Gymnasium's registry, as it is.
-
-    Raises UserError for unknown names, for actions that are not a bounded box, and for missing packages.
+    env: a D4RL name (with D4RL's time limits and rules of ending), the name of a built-in dataset, the id of a Minari
+    dataset stored here (the environment that it names), or any id in Gymnasium's registry.
     """
-    mujoco.set_mju_user_warning(_on_mujoco_warning)
+    mujoco.set_mju_user_warning(on_mujoco_warning)
     options = {"render_mode": render_mode, "disable_env_checker": True}
     if env in DATASETS or env.startswith(("halfcheetah-demo-", "pendulum-demo-")):
-        raw = _make_d4rl(env, options)
-        _restore_margins(raw)
+        raw = make_d4rl(env, options)
+        restore_margins(raw)
     elif env in gymnasium.registry:
         try:
             raw = gymnasium.make(gymnasium.registry[env], **options)  # the spec object: no deprecation notice for v4
         except (gymnasium.error.Error, ImportError) as error:
             raise UserError(f"{env} cannot be made here: {error}") from None
     elif is_minari(env):
-        raw = _make_minari(env, options)
+        raw = make_minari(env, options)
         if env.startswith(("mujoco/", "D4RL/")):  # published sets, recorded before mujoco 3.5
-            _restore_margins(raw)
+            restore_margins(raw)
     else:
         near = nearest(env, [*DATASETS, *gymnasium.registry])
         raise UserError(f"unknown environment '{env}': did you mean {near}?")
@@ -832,7 +796,7 @@ class FlatEnv(gymnasium.Wrapper):
         return spaces.flatten(self.env.observation_space, obs).astype(np.float32)
 
 
-def _on_mujoco_warning(text):
+def on_mujoco_warning(text):
     """MuJoCo's C code would print `text` and write MUJOCO_LOG.TXT; with this hook it is a Python warning instead.
 
     The notice that Gymnasium's HalfCheetah uses an old attribute is dropped: nobody here can act on it.
@@ -841,7 +805,7 @@ def _on_mujoco_warning(text):
         warnings.warn(f"MuJoCo: {text}", stacklevel=2)
 
 
-def _restore_margins(env):
+def restore_margins(env):
     """Undo a change of contacts: since 3.5 MuJoCo adds the margins of two touching geoms, before it took the larger.
 
     Halving all margins gives the physics that the data were recorded with, exactly so if all geoms share one margin
@@ -852,7 +816,7 @@ def _restore_margins(env):
         model.geom_margin *= 0.5
 
 
-def _make_d4rl(env, options):
+def make_d4rl(env, options):
     """The environment of an original D4RL dataset or of built-in data, rebuilt on today's packages."""
     family, kind = env.split("-")[:2]
     if family == "antmaze":
@@ -860,17 +824,17 @@ def _make_d4rl(env, options):
         spec = EnvSpec(env, AntMaze, max_episode_steps=horizon, kwargs={"maze": kind})
         return gymnasium.make(spec, **options)
     if family == "pen":
-        _import_robotics(env)
+        import_robotics(env)
         return PenDrop(gymnasium.make("AdroitHandPen-v1", max_episode_steps=100, **options))
     if family == "kitchen":
-        _import_robotics(env, kitchen=True)
+        import_robotics(env, kitchen=True)
         noise = {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}  # D4RL's values
         tasks = list(KITCHEN_TASKS[kind])
         return KitchenVector(gymnasium.make("FrankaKitchen-v1", tasks_to_complete=tasks, **noise, **options))
     return gymnasium.make(gymnasium.registry[GYM_IDS[family]], **options)  # the spec object: no deprecation notice
 
 
-def _import_robotics(env, kitchen=False):
+def import_robotics(env, kitchen=False):
     """Register the environments of gymnasium-robotics, an optional package, or say what `env` lacks."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other Adroit tasks
@@ -973,24 +937,24 @@ class KitchenVector(gymnasium.ObservationWrapper):
         return np.concatenate([state[:9], state[18:39], self.goal])
 
 
-def _make_minari(env, options):
+def make_minari(env, options):
     """The evaluation environment stored with a Minari dataset.
 
     Two tasks were recorded with rewards that go on after success. They are judged by the flags below: AntMaze ends
     with reward 1 at the goal, the kitchen pays once per subtask, so that returns are successes and subtasks.
     """
-    with open_minari(minari_folder(env)) as dataset:
+    with open_minari(env) as dataset:
         spec = dataset.env_spec
     if spec is None:
         raise UserError(f"Minari dataset '{env}' does not say which environment it was recorded in")
     if str(spec.entry_point).startswith("gymnasium_robotics"):
-        _import_robotics(env, kitchen=spec.id.startswith("FrankaKitchen"))
+        import_robotics(env, kitchen=spec.id.startswith("FrankaKitchen"))
     if spec.id.startswith("AntMaze"):
-        options = {**options, "continuing_task": False}
+        options |= {"continuing_task": False}
     if spec.id.startswith("FrankaKitchen"):
-        options = {**options, "remove_task_when_completed": True, "terminate_on_tasks_completed": True}
+        options |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
     if spec.id.startswith("PointMaze"):  # recorded as one episode of a million steps
-        options = {**options, "max_episode_steps": gymnasium.registry[spec.id].max_episode_steps}
+        options |= {"max_episode_steps": gymnasium.registry[spec.id].max_episode_steps}
     with warnings.catch_warnings():
         # Published sets name the package versions of their recording; other versions are normal.
         warnings.filterwarnings("ignore", "(Installed|Package) .*")
@@ -1043,7 +1007,7 @@ def score(env, returns):
         if env.startswith(("D4RL/antmaze/", "D4RL/kitchen/")):  # make_env gives them rewards of its own
             reference = REFERENCE[env.split("/")[1]]
         else:
-            with open_minari(minari_folder(env)) as dataset:
+            with open_minari(env) as dataset:
                 metadata = dataset.storage.metadata
             reference = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
     else:
@@ -1052,12 +1016,6 @@ def score(env, returns):
     if low is None or high is None:
         return None
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
-
-
-def describe(env, returns):
-    text = f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
-    scores = score(env, returns)
-    return text if scores is None else f"{text} | D4RL score {np.mean(scores):.1f} ± {np.std(scores):.1f}"
 
 
 def evaluation_seed(seed):
@@ -1076,8 +1034,7 @@ def evaluate(act, envs, seed):
     actions = np.zeros((len(envs), *envs[0].action_space.shape), np.float32)  # [n, A]
     returns = np.zeros(len(envs))
     running = np.ones(len(envs), bool)
-    tick, threads = 0, 1
-    spent, steps = 0.0, 0  # seconds and environment steps so far, on one thread
+    tick, threads, spent = 0, 1, 0.0  # spent: the sum over ticks of the seconds that one environment took
 
     def step(indices):
         for i in indices:
@@ -1097,16 +1054,15 @@ def evaluate(act, envs, seed):
                 bad = live[~finite][0]
                 raise RunError(f"the policy gave an action that is not finite at step {tick} in environment {bad}")
             actions[live] = answer
-            if tick == 50 and spent > THREADS_PAY_SECONDS * steps:
-                threads = min(MAX_THREADS, len(envs))
+            start = time.perf_counter()
             if threads == 1:
-                start = time.perf_counter()
                 step(live)
-                spent += time.perf_counter() - start
-                steps += len(live)
             else:
                 list(pool.map(step, np.array_split(live, threads)))
+            spent += (time.perf_counter() - start) / len(live)
             tick += 1
+            if tick == 50 and spent / tick > THREADS_PAY_SECONDS:
+                threads = min(MAX_THREADS, len(envs))
     broken = np.flatnonzero(~np.isfinite(returns))
     if len(broken):
         raise RunError(f"the simulation broke down: the return of environment {broken[0]} is not finite")
@@ -1165,14 +1121,7 @@ def parse_args(Args, settings, proportional=(), doc=""):
         if relative and not {"-h", "--help"} & set(rest):
             print(f"note: no settings for {early.env} in this script; using those of {relative}")
     default = replace(Args(), **table)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            args = tyro.cli(Args, default=default, description=doc.strip().split("\n\n")[0])
-    except SystemExit as stop:
-        if stop.code:
-            raise UserError(f"{one_sentence(complaint.getvalue())}; --help lists all settings") from None
-        raise
+    args = call_tyro(Args, default, doc.strip().split("\n\n")[0])
     given = {token.split("=")[0].replace("_", "-") for token in rest}
     for field in proportional:
         if "--" + field.replace("_", "-") not in given:
@@ -1195,11 +1144,20 @@ Your own file: --data-path FILE (D4RL-style .hdf5, .npz, or a Minari dataset's f
 bandit-...: 2-D toy problems that some scripts bring; see the script's --help."""
 
 
-def one_sentence(box):
-    """What tyro prints in a frame, between rules: its first paragraph and the flag that it suggests."""
-    _, first, *rest = re.split("[─-]{3,}", re.sub(r"\x1b\[[0-9;]*m|[│╭╮]", "", box))
+def call_tyro(Args, default, description):
+    """tyro.cli; of a complaint, which it prints in a frame, only the first paragraph and the flag that it suggests."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Args, default=default, description=description)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    rule, frame = "[─-]{3,}", r"\x1b\[[0-9;]*m|[│╭╮]"
+    _, first, *rest = re.split(rule, re.sub(frame, "", complaint.getvalue()))
     similar = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(rest))
-    return " ".join(first.split()).rstrip(".") + (f" (did you mean {similar[1]}?)" if similar else "")
+    hint = f" (did you mean {similar[1]}?)" if similar else ""
+    raise UserError(f"{' '.join(first.split()).rstrip('.')}{hint}; --help lists all settings")
 
 
 def nearest_settings(env, settings):
@@ -1346,7 +1304,9 @@ def evaluate_run(args, Learner):
     act = load_policy(Learner, type(args), args.evaluate, args.device)
     envs = [make_env(args.env) for _ in range(max(args.eval_episodes, 1))]
     returns = evaluate(act, envs, seed=evaluation_seed(args.seed[0]))
-    print(f"{args.evaluate}: {describe(args.env, returns)}")
+    text = f"{args.evaluate}: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
+    scores = score(args.env, returns)
+    print(text if scores is None else f"{text} | D4RL score {np.mean(scores):.1f} ± {np.std(scores):.1f}")
     if args.video:
         film = Path(args.evaluate) / "video.mp4"
         value = record_video(act, args.env, film, seed=evaluation_seed(args.seed[0]))
@@ -1472,14 +1432,11 @@ class Run:
         if len({(c["phase"], c["step"]) for c in checkpoints}) > 1:
             raise UserError(f"the seeds in {self.root} stand at different updates; resume each seed on its own")
         for folder, learner, checkpoint in zip(self.folders, self.learners, checkpoints):
-            now = asdict(self.args)
-            changed = [
-                f"--{name.replace('_', '-')} was {old}"
-                for name, old in saved_args(folder, type(self.args)).items()
-                if name not in FREE_SETTINGS and old != now[name]
-            ]
+            old = saved_args(folder, type(self.args))
+            changed = [name for name in old.keys() - FREE_SETTINGS if old[name] != getattr(self.args, name)]
             if changed:
-                raise UserError(f"cannot resume {folder} with other settings: {', '.join(changed)}; use another --out")
+                were = ", ".join(f"--{name.replace('_', '-')} was {old[name]}" for name in sorted(changed))
+                raise UserError(f"cannot resume {folder} with other settings: {were}; use another --out")
             set_state(learner.state, checkpoint["learner"])
         for name in BOOKS:
             setattr(self, name, checkpoints[0][name])
