@@ -182,7 +182,7 @@ REFERENCE = {
     "antmaze": (0.0, 1.0),
     "kitchen": (0.0, 4.0),
 }
-KITCHEN_HORIZON = 280
+KITCHEN_HORIZON = 280  # steps; the kitchen's files mark no time limits
 
 # Data made on the spot: the (gain, noise) levels of each variant's controller, one per episode in turn; None: random.
 BUILT_IN = {
@@ -195,6 +195,7 @@ BUILT_IN = {
     "pendulum-demo-medium": ((0.4, 1.0),),
     "pendulum-demo-expert": ((1.0, 0.1),),
 }
+# Some of Minari's ids, only to suggest them where a name is unknown.
 MINARI_IDS = [f"mujoco/{robot}/{level}-v0" for robot in GYM_FAMILIES for level in ("simple", "medium", "expert")]
 MINARI_IDS += [f"D4RL/pen/{kind}-v2" for kind in ("human", "cloned", "expert")]
 
@@ -219,6 +220,7 @@ KITCHEN_TASKS = {
     "mixed": ("microwave", "kettle", "bottom burner", "light switch"),
 }
 
+# Physics and models changed with it: see restore_margins and import_robotics.
 MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
 
 
@@ -752,7 +754,7 @@ def make_env(env, render_mode=None):
     """
     mujoco.set_mju_user_warning(on_mujoco_warning)
     options = {"render_mode": render_mode, "disable_env_checker": True}
-    if env in DATASETS or env.startswith(("halfcheetah-demo-", "pendulum-demo-")):
+    if env in DATASETS or env in BUILT_IN:
         raw = make_d4rl(env, options)
         restore_margins(raw)
     elif env in gymnasium.registry:
@@ -765,7 +767,7 @@ def make_env(env, render_mode=None):
         if env.startswith(("mujoco/", "D4RL/")):  # published sets, recorded before mujoco 3.5
             restore_margins(raw)
     else:
-        near = nearest(env, [*DATASETS, *gymnasium.registry])
+        near = nearest(env, [*DATASETS, *BUILT_IN, *gymnasium.registry])
         raise UserError(f"unknown environment '{env}': did you mean {near}?")
     return FlatEnv(raw, env)
 
