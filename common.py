@@ -1,6 +1,6 @@
 """What the six scripts share: datasets, environments, evaluation, and the keeping of runs. No networks, no losses.
 
-Sections: facts, data, environments, evaluation, command line, learners, runs.
+Sections: errors, facts, data, environments, evaluation, command line, learners, runs.
 """
 
 import argparse
@@ -50,6 +50,32 @@ from gymnasium.envs.registration import EnvSpec
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Bad use: shown as one sentence, exit code 2."""
+
+    code = 2
+
+
+class RunError(UserError):
+    """Something failed (network, disk, broken file): shown as one sentence, exit code 1."""
+
+    code = 1
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def reason(error):
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Facts: where the public datasets are, what their files must look like, and how returns become scores
@@ -135,6 +161,17 @@ DATASETS = {}
 for _name, *_sizes, _sha256 in (line.split() for line in KNOWN_FILES.split("\n") if line):
     DATASETS[_name] = Source(server_path(_name), tuple(int(s) for s in _sizes if s != "-"), _sha256.strip("-"))
 
+# Names of arrays: here, and in the files (either is read); a file must hold those in NEEDED.
+KEYS = {
+    "obs": "observations",
+    "action": "actions",
+    "reward": "rewards",
+    "terminal": "terminals",
+    "timeout": "timeouts",
+    "next_obs": "next_observations",
+}
+NEEDED = ("obs", "action", "reward", "terminal")
+
 GYM_FAMILIES = ("halfcheetah", "hopper", "walker2d")
 # Raw returns that D4RL calls score 0 and score 100, by the first word of the dataset's name.
 REFERENCE = {
@@ -145,7 +182,7 @@ REFERENCE = {
     "antmaze": (0.0, 1.0),
     "kitchen": (0.0, 4.0),
 }
-KITCHEN_HORIZON = 280
+KITCHEN_HORIZON = 280  # steps; the kitchen's files mark no time limits
 
 # Data made on the spot: the (gain, noise) levels of each variant's controller, one per episode in turn; None: random.
 BUILT_IN = {
@@ -158,21 +195,9 @@ BUILT_IN = {
     "pendulum-demo-medium": ((0.4, 1.0),),
     "pendulum-demo-expert": ((1.0, 0.1),),
 }
+# Some of Minari's ids, only to suggest them where a name is unknown.
 MINARI_IDS = [f"mujoco/{robot}/{level}-v0" for robot in GYM_FAMILIES for level in ("simple", "medium", "expert")]
 MINARI_IDS += [f"D4RL/pen/{kind}-v2" for kind in ("human", "cloned", "expert")]
-
-
-def list_datasets() -> str:
-    """The text of `--env help`."""
-    names = "\n".join(f"  {name}" for name in (*BUILT_IN, "", *DATASETS))
-    return f"""Built-in data, made here in seconds, then D4RL's, downloaded once:
-{names}
-
-Minari: any id with its version, such as mujoco/hopper/medium-v0 (stored here, or downloaded once).
-Your own file: --data-path FILE (D4RL-style .hdf5, .npz, or a Minari dataset's folder), and --env naming
-  a dataset above or a Gymnasium environment such as Hopper-v4.
-bandit-...: 2-D toy problems that some scripts bring; see the script's --help."""
-
 
 # Where the recordings are judged. v4 and not v5: Walker2d-v5 has other feet, and v5 pays no healthy reward on the
 # last step, so returns would not be comparable with those of the v2 data.
@@ -180,23 +205,11 @@ GYM_IDS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "
 
 # D4RL's mazes: 1 is wall, a cell is 4 m wide, the ant starts in cell (1, 1); second the goal cell (row, column).
 MAZES = {
-    "umaze": (("11111", "10001", "11101", "10001", "11111"), (3, 1)),
-    "medium": (
-        ("11111111", "10011001", "10010001", "11000111", "10010001", "10100101", "10001001", "11111111"),
-        (6, 6),
-    ),
+    "umaze": ("11111 10001 11101 10001 11111".split(), (3, 1)),
+    "medium": ("11111111 10011001 10010001 11000111 10010001 10100101 10001001 11111111".split(), (6, 6)),
     "large": (
-        (
-            "111111111111",
-            "100001000001",
-            "101101010101",
-            "100000010001",
-            "101111011101",
-            "100101000001",
-            "110101010111",
-            "100100010001",
-            "111111111111",
-        ),
+        "111111111111 100001000001 101101010101 100000010001 101111011101".split()
+        + "100101000001 110101010111 100100010001 111111111111".split(),
         (7, 9),
     ),
 }
@@ -207,28 +220,13 @@ KITCHEN_TASKS = {
     "mixed": ("microwave", "kettle", "bottom burner", "light switch"),
 }
 
+# Physics and models changed with it: see restore_margins and import_robotics.
 MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: find, download, check, read, and pack transitions
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """Bad use: shown as one sentence, exit code 2."""
-
-    code = 2
-
-
-class RunError(UserError):
-    """Something failed (network, disk, broken file): shown as one sentence, exit code 1."""
-
-    code = 1
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class Batch(NamedTuple):
@@ -282,33 +280,19 @@ class Dataset:
         if len(keep) == 0:
             raise UserError(f"{name}: no transition is left: every row but the last is a time limit")
 
-        s, a = obs.shape[1], action.shape[1]
-        rows = np.empty((len(keep), 2 * s + 2 * a + 2), np.float32)
-        rows[:, :s] = obs[keep]
-        rows[:, s : s + a] = action[keep]
-        rows[:, s + a] = reward[keep]
-        rows[:, s + a + 1 : 2 * s + a + 1] = obs[after] if next_obs is None else next_obs
-        rows[:, 2 * s + a + 1 : -1] = action[after]
-        rows[:, -1] = terminal[keep]
+        following = obs[after] if next_obs is None else next_obs
         if ends is not None:
-            over = terminal[keep]
-            rows[over, s + a + 1 : 2 * s + a + 1] = ends[keep[over]]
+            following = np.where(terminal[keep, None], ends[keep], following)
+        columns = (obs[keep], action[keep], reward[keep, None], following, action[after], terminal[keep, None])
+        rows = np.concatenate(columns, axis=1, dtype=np.float32)
 
         first = np.flatnonzero(np.concatenate([[True], end[:-1]]))  # first row of each episode
         episode = np.cumsum(end) - end
-        returns = np.add.reduceat(reward.astype(np.float64), first)
         step = np.arange(len(obs)) - first[episode]
-        return cls(
-            name,
-            torch.from_numpy(rows),
-            s,
-            a,
-            torch.from_numpy(episode[keep]),
-            torch.from_numpy(step[keep]),
-            returns if end[-1] else returns[:-1],
-            make_env,
-            max_action,
-        )
+        returns = np.add.reduceat(reward.astype(np.float64), first)
+        returns = returns if end[-1] else returns[:-1]
+        rows, episode, step = (torch.from_numpy(array) for array in (rows, episode[keep], step[keep]))
+        return cls(name, rows, obs.shape[1], action.shape[1], episode, step, returns, make_env, max_action)
 
     @classmethod
     def bandit(cls, name, action, reward, terminal=True) -> "Dataset":
@@ -363,64 +347,44 @@ def load_dataset(
     Minari data hold every true successor, so neither of the two is needed there: their time-limit rows are kept.
     Raises UserError or RunError with one sentence that says what to do.
     """
-    path = None if data_path is None else Path(data_path).expanduser()
-    minari = is_minari(env) if path is None else path.is_dir()
-    if path is not None:
+    path = Path(data_path).expanduser() if data_path else None
+    minari = path.is_dir() if path else is_minari(env)
+    if path:
         check_judge(env, path)
-    elif minari:
-        path = fetch_minari(env)
-    elif env not in DATASETS and env not in BUILT_IN:
+    if minari:
+        raw, timeout_rule = read_minari(path.name if path else env, path), None
+    elif path:
+        raw = read_file(path, true_next_obs)
+    elif env in BUILT_IN:
+        raw = load_built_in(env)
+    elif env in DATASETS:
+        make_env(env).close()  # a package that it lacks is better known before a long download
+        raw = read_file(download(env), true_next_obs)
+    else:
         raise unknown_dataset(env)
 
-    raw = read_minari(path, env) if minari else None  # before make_env: the environment is described by the data
-    judge = make_env(env)
-    horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else judge.spec and judge.spec.max_episode_steps
-    try:
-        if path is None and env in BUILT_IN:
-            raw = load_built_in(env)
-        elif not minari:
-            raw = read_file(path or download(env), true_next_obs)
-        raw = check_arrays(raw, env)
-        set_timeouts(raw, env, horizon, None if minari else timeout_rule)
-        fit_to_env(raw, env, judge)
-    finally:
-        judge.close()
-
-    next_obs = raw.pop("next_obs", None)
-    ends = next_obs if next_obs is not None else raw["obs"]
-    data = Dataset.from_arrays(
-        env,
-        **raw,
-        make_env=functools.partial(make_env, env),
-        next_obs=next_obs if minari else None,
-        ends=ends if true_next_obs and not minari else None,
-    )
+    with make_env(env) as judge:
+        check_arrays(raw, env, judge)
+        horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else judge.spec and judge.spec.max_episode_steps
+    set_timeouts(raw, env, horizon, timeout_rule)
+    if true_next_obs and not minari:
+        raw["ends"] = raw.pop("next_obs", raw["obs"])
+    data = Dataset.from_arrays(env, **raw, make_env=functools.partial(make_env, env))
     if len(data.episode_returns) == 0:
         raise UserError(f"{env}: the data hold no complete episode: no row is marked as terminal or as a time limit")
     return data
 
 
 def unknown_dataset(env: str) -> UserError:
-    """The error for a name that is not in the lists, with the nearest names."""
-    try:
-        gymnasium.spec(env)
+    if env in gymnasium.registry:
         return UserError(f'"{env}" is an environment, not a dataset: give its data by --data-path, or see --env help')
-    except gymnasium.error.Error:
-        pass
-    known = [*DATASETS, *BUILT_IN]
-    stem = re.sub(r"-v\d+$", "", env.lower().replace("_", "-"))
-    near = [name for name in known if re.sub(r"-v\d+$", "", name) == stem]
-    near = near or difflib.get_close_matches(env.lower().replace("_", "-"), known + MINARI_IDS, 3, 0.0)
-    return UserError(f'unknown dataset "{env}": did you mean {" or ".join(near)}? --env help lists all')
+    near = nearest(env, [*DATASETS, *BUILT_IN, *MINARI_IDS])
+    return UserError(f'unknown dataset "{env}": did you mean {near}? --env help lists all')
 
 
-def check_judge(env: str, path: Path) -> None:
-    """Refuse a D4RL file that would be evaluated in an environment with other physics."""
-    for name, source in DATASETS.items():
-        family = name.split("-")[0]
-        right = env.split("-")[0] == family or (family in GYM_FAMILIES and env.lower() == f"{family}-v4")
-        if Path(source.path).name == path.name and not right:
-            raise UserError(f"{path.name} cannot be evaluated in {env}, whose physics differ: use --env {name}")
+def nearest(name: str, known) -> str:
+    """The three known names most like `name`, as the end of a question."""
+    return " or ".join(difflib.get_close_matches(name.lower().replace("_", "-"), known, 3, 0.0))
 
 
 # Downloads
@@ -431,24 +395,25 @@ def download(name: str) -> Path:
     source = DATASETS[name]
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     path = folder / Path(source.path).name
-    try:
-        if not path.exists():
+    if not path.exists():
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             with open(f"{path}.lock", "w") as lock:  # the lock of a killed process vanishes with it
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.exists():
                     fetch(name, path)
-                    return path
-        try:
-            open_hdf5(path, source.sizes).close()
-        except RunError as error:
-            advice = "delete it and run again, or set D4RL_DATASET_DIR to another folder"
-            raise RunError(f"{error}: {advice}") from error
-        if source.sizes and path.stat().st_size not in source.sizes:
-            warn(f"{path} is not one of the known versions of {name} (other size); continuing")
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error}") from error
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error}") from error
+    try:
+        open_hdf5(path, source.sizes).close()
+    except RunError as error:
+        raise RunError(f"{error}: delete it and run again, or set D4RL_DATASET_DIR to another folder") from error
+    if source.sizes and path.stat().st_size not in source.sizes:
+        warn(f"{path} is not one of the known versions of {name} (other size); continuing")
     return path
+
+
+NETWORK_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)  # all else of OSError: the disk
 
 
 def fetch(name: str, path: Path) -> None:
@@ -462,17 +427,14 @@ def fetch(name: str, path: Path) -> None:
                 missing = [key for key in NEEDED if KEYS[key] not in file]
             if missing:
                 raise RunError(f"the file has no {' '.join(KEYS[key] for key in missing)}")
-            known = part.stat().st_size in source.sizes[1:] or digest == source.sha256
-            if source.sha256 and not known:
-                warn(f"{url} is not one of the known versions of {name} (SHA-256 {digest}); continuing")
+            if source.sizes and part.stat().st_size == source.sizes[0] and digest != source.sha256:
+                warn(f"{url} is not the known version of {name} (SHA-256 {digest}); continuing")
             os.replace(part, path)
             return
         except urllib.error.HTTPError as error:
             failures.append(f"{url}: HTTP {error.code} {error.reason}")
-        except (http.client.HTTPException, urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError) as error:
+        except (RunError, http.client.HTTPException, *NETWORK_ERRORS) as error:
             failures.append(f"{url}: {getattr(error, 'reason', error)}")
-        except RunError as error:
-            failures.append(f"{url}: {error}")
         finally:
             part.unlink(missing_ok=True)
     raise RunError(
@@ -512,18 +474,7 @@ def open_hdf5(path: Path, sizes: tuple[int, ...] = ()) -> h5py.File:
         raise RunError(f"{path} {why}") from error
 
 
-# Readers: each gives a dict of arrays named as below
-
-
-KEYS = {
-    "obs": "observations",
-    "action": "actions",
-    "reward": "rewards",
-    "terminal": "terminals",
-    "timeout": "timeouts",
-    "next_obs": "next_observations",
-}
-NEEDED = ("obs", "action", "reward", "terminal")
+# Readers: each gives a dict of arrays named as in KEYS
 
 
 def read_file(path: Path, with_next_obs: bool) -> dict[str, np.ndarray]:
@@ -535,78 +486,62 @@ def read_file(path: Path, with_next_obs: bool) -> dict[str, np.ndarray]:
         raise RunError(f"{path} is empty")
     try:
         with np.load(path) if path.suffix == ".npz" else open_hdf5(path) as file:
-            names = {short: next((n for n in (long, short) if n in file), None) for short, long in wanted.items()}
-            missing = [KEYS[short] for short in NEEDED if names[short] is None]
+            found = {short: file[name] for short, long in wanted.items() for name in (short, long) if name in file}
+            missing = [KEYS[short] for short in NEEDED if short not in found]
             if missing:
                 raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(file))[:200]}")
-            raw = {}
-            for short, name in names.items():
-                if name is not None:
-                    floats = isinstance(file[name], h5py.Dataset) and file[name].dtype.kind == "f"
-                    # h5py converts in small pieces, so float64 files need no second copy
-                    raw[short] = file[name].astype(np.float32)[()] if floats else np.asarray(file[name])
-            return raw
+            for short, value in found.items():
+                floats = isinstance(value, h5py.Dataset) and value.dtype.kind == "f"
+                # h5py converts in small pieces, so float64 files need no second copy
+                found[short] = value.astype(np.float32)[()] if floats else np.asarray(value)
+            return found
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise RunError(f"cannot read {path}, the file is damaged: {error}") from error
 
 
+# Minari
+
+
 def is_minari(env: str) -> bool:
-    return "/" in env or (minari_root() / env / "data").is_dir()
+    return "/" in env or (minari_folder(env) / "data").is_dir()
 
 
-def minari_root() -> Path:
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+def minari_folder(env: str) -> Path:
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser() / env
 
 
-def import_minari():
+@contextlib.contextmanager
+def open_minari(env: str, folder: Path | None = None, download: bool = False):
+    """A Minari dataset by its id, or by its folder. What goes wrong while it is in use becomes one sentence."""
+    folder = folder or minari_folder(env)
+    near = nearest(env, MINARI_IDS)
+    download = download and not (folder / "data").is_dir()
+    if download and not re.search(r"-v\d+$", env):
+        raise UserError(f'Minari ids end in a version such as -v0, "{env}" does not: did you mean {near}?')
     try:
         import minari
-        import PIL  # noqa: F401  minari's HDF5 reader needs it, and nothing that minari asks for brings it
-    except ImportError as error:
-        raise UserError(f'Minari data need the package {error.name}: pip install "minari[hdf5,hf]" pillow') from error
-    return minari
 
-
-def fetch_minari(env: str) -> Path:
-    """Folder of a Minari dataset, downloaded by the minari package if it is not there."""
-    folder = minari_root() / env
-    if (folder / "data").is_dir():
-        return folder
-    near = " or ".join(difflib.get_close_matches(env, MINARI_IDS, 3, 0.0))
-    if not re.search(r"-v\d+$", env):
-        raise UserError(f'Minari ids end in a version such as -v0, "{env}" does not: did you mean {near}?')
-    minari = import_minari()
-    print(f"downloading the Minari dataset {env}", flush=True)
-    try:
-        minari.download_dataset(env)
+        if download:
+            print(f"downloading the Minari dataset {env}", flush=True)
+            minari.download_dataset(env)
+        yield minari.MinariDataset(folder if folder.name == "data" else folder / "data")
+    except UserError:
+        raise
     except ImportError as error:
-        raise UserError(f'downloading {env} needs another package: pip install "minari[hdf5,hf]" pillow') from error
-    except Exception as error:  # what a missing network raises depends on the version of the hub's client
-        why = str(error).split("\n")[0][:200]
+        missing = error.name or "that fetches them"
+        raise UserError(f'Minari data need the package {missing}: pip install "minari[hdf5,hf]" pillow') from error
+    except Exception as error:  # the package lets through many kinds
         raise RunError(
-            f"could not download {env} ({type(error).__name__}: {why}): check the network and the id"
-            f" (near: {near}), or use data that need no network, such as --env halfcheetah-demo-medium-replay"
+            f"Minari dataset '{env}' cannot be opened ({type(error).__name__}: {reason(error)[:200]}): check the id"
+            f" (near: {near}) and the network; what an interrupted download has left in {folder} is repaired by"
+            f" python -c \"import minari; minari.download_dataset('{env}', force_download=True)\""
         ) from error
-    return folder
 
 
-def read_minari(folder: Path, env: str) -> dict[str, np.ndarray]:
-    """Flat arrays of a Minari dataset, with the true next_obs of every row; cached beside it, as reading is slow."""
-    store = folder if folder.name == "data" else folder / "data"
-    name = store.parent.name if folder.name == "data" else folder.name
-    repair = f"import minari; minari.download_dataset('{env if is_minari(env) else name}', force_download=True)"
-    broken = f'{folder} is no complete Minari dataset, perhaps an interrupted download; repair: python -c "{repair}"'
-    files = [file.stat() for file in store.rglob("*") if file.is_file()]
-    if not files:
-        raise RunError(broken)
-    stamp = f"{sum(file.st_size for file in files)}-{max(file.st_mtime_ns for file in files)}"
-    cache = store.parent / f"{name}-{stamp}.npz"
-    if (raw := load_cache(cache)) is not None:
-        return raw
-    minari = import_minari()
-    try:
-        dataset = minari.MinariDataset(store)
-        episodes = []
+def read_minari(env: str, folder: Path | None) -> dict[str, np.ndarray]:
+    """Flat arrays of a Minari dataset, with the true next_obs of every row."""
+    episodes = []
+    with open_minari(env, folder, download=folder is None) as dataset:
         for episode in dataset.iterate_episodes():
             obs = flatten(dataset.observation_space, episode.observations)  # [T + 1, S]
             action = flatten(dataset.action_space, episode.actions)
@@ -614,76 +549,62 @@ def read_minari(folder: Path, env: str) -> dict[str, np.ndarray]:
             timeout = np.zeros_like(terminal)
             timeout[-1] = not terminal[-1]  # also where a recording just stops
             episodes.append((obs[:-1], action, np.float32(episode.rewards), terminal, timeout, obs[1:]))
-        raw = {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes))}
-        if len(raw["obs"]) != dataset.total_steps:
-            raise RunError(broken)
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(f"reading {folder} needs a package that is missing: {error}") from error
-    except Exception as error:  # minari and h5py raise many kinds for a half-written dataset
-        raise RunError(broken) from error
-    save_cache(cache, raw)
-    return raw
+        return {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes))}
 
 
 def flatten(space: gymnasium.Space, value) -> np.ndarray:
     """Steps of a nested observation [T, ...] as [T, S], in the order of gymnasium.spaces.flatten."""
-    if isinstance(space, gymnasium.spaces.Dict):
+    if isinstance(space, spaces.Dict):
         return np.concatenate([flatten(part, value[key]) for key, part in space.spaces.items()], axis=1)
-    if isinstance(space, gymnasium.spaces.Tuple):
-        return np.concatenate([flatten(part, value[i]) for i, part in enumerate(space.spaces)], axis=1)
-    if not isinstance(space, gymnasium.spaces.Box):
+    if not isinstance(space, spaces.Box):
         raise UserError(f"only continuous (Box) observations and actions are supported, the data have {space}")
     return np.asarray(value, np.float32).reshape(len(value), -1)
-
-
-def load_cache(path: Path) -> dict[str, np.ndarray] | None:
-    """Arrays of one of our own .npz files, None if it is missing or damaged."""
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return None
-
-
-def save_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write whole or not at all, also with several writers; a folder that cannot be written only means no cache."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, path)
-    except OSError as error:
-        warn(f"cannot cache {path} ({error}); continuing")
 
 
 # Checks
 
 
-def check_arrays(raw: dict[str, np.ndarray], env: str) -> dict[str, np.ndarray]:
-    """The arrays with plain shapes and types, or one sentence that says which of them is wrong and how."""
+def check_judge(env: str, path: Path) -> None:
+    """Refuse a D4RL file that would be evaluated in an environment with other physics."""
+    for name, source in DATASETS.items():
+        family = name.split("-")[0]
+        right = env.split("-")[0] == family or (family in GYM_FAMILIES and env.lower() == f"{family}-v4")
+        if Path(source.path).name == path.name and not right:
+            raise UserError(f"{path.name} cannot be evaluated in {env}, whose physics differ: use --env {name}")
+
+
+def check_arrays(raw: dict[str, np.ndarray], env: str, judge: gymnasium.Env) -> None:
+    """Plain types and shapes and actions in [-1, 1], or one sentence that says which array is wrong and how."""
     lengths = {KEYS[key]: len(value) if np.ndim(value) else 0 for key, value in raw.items()}
     if len(set(lengths.values())) > 1:
-        raise UserError(
-            f"{env}: the arrays have different lengths: {', '.join(f'{k} {n}' for k, n in lengths.items())}"
-        )
+        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise UserError(f"{env}: the arrays have different lengths: {found}")
     if lengths["observations"] < 2:
         raise UserError(f"{env}: the data are empty, found {lengths['observations']} rows")
+    state, box = judge.observation_space, judge.original_action_space
+    shapes = dict(obs=state.shape, next_obs=state.shape, action=box.shape)
     for key, value in raw.items():
         if value.dtype.kind not in "biuf":
             raise UserError(f"{env}: {KEYS[key]} must hold numbers, found {value.dtype}")
         bad = np.flatnonzero(~np.isfinite(value).reshape(len(value), -1).all(axis=1))
         if len(bad):
             raise UserError(f"{env}: {KEYS[key]} has NaN or infinite values in {len(bad)} rows, the first is {bad[0]}")
-        if key in ("reward", "terminal", "timeout"):
-            if value.size != len(value):
-                raise UserError(f"{env}: {KEYS[key]}: expected shape ({len(value)},), found {value.shape}")
-            value = value.reshape(-1)  # some files store columns
-        dtype = bool if key in ("terminal", "timeout") else np.float32
-        raw[key] = value.astype(dtype, copy=False)
-    return raw
+        if key not in shapes and value.shape == (len(value), 1):
+            value = value[:, 0]  # some files store columns
+        if value.shape[1:] != shapes.get(key, ()):
+            expected = ", ".join(map(str, ("N", *shapes.get(key, ()))))
+            raise UserError(f"{env}: {KEYS[key]}: expected shape [{expected}], found {list(value.shape)}")
+        raw[key] = value.astype(bool if key in ("terminal", "timeout") else np.float32, copy=False)
+
+    low, high, action = box.low, box.high, raw["action"]
+    if np.any(action < low - 1e-3) or np.any(action > high + 1e-3):
+        raise UserError(
+            f"{env}: actions must be in [{low.min():g}, {high.max():g}], found [{action.min():g}, {action.max():g}]:"
+            " the data are scaled for another environment"
+        )
+    if np.any(low != -1) or np.any(high != 1):
+        action = 2 * (action - low) / (high - low) - 1
+    raw["action"] = np.clip(action, -1, 1).astype(np.float32, copy=False)
 
 
 def set_timeouts(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: Callable | None) -> None:
@@ -709,24 +630,6 @@ def count_timeouts(terminal: np.ndarray, horizon: int) -> np.ndarray:
         timeout[start + horizon - 1 - counter : end + 1 : horizon] = True
         start, counter = end + 1, 0 if timeout[end] else 1
     return timeout
-
-
-def fit_to_env(raw: dict[str, np.ndarray], env: str, judge: gymnasium.Env) -> None:
-    """Check the arrays against the environment's spaces and bring the actions to [-1, 1]."""
-    box = judge.original_action_space
-    for key, space in (("obs", judge.observation_space), ("next_obs", judge.observation_space), ("action", box)):
-        if key in raw and raw[key].shape[1:] != space.shape:
-            expected = ", ".join(["N", *map(str, space.shape)])
-            raise UserError(f"{env}: {KEYS[key]}: expected shape [{expected}], found {list(raw[key].shape)}")
-    low, high, action = box.low, box.high, raw["action"]
-    if np.any(action < low - 1e-3) or np.any(action > high + 1e-3):
-        raise UserError(
-            f"{env}: actions must be in [{low.min():g}, {high.max():g}], found [{action.min():g}, {action.max():g}]:"
-            " the data are scaled for another environment"
-        )
-    if np.any(low != -1) or np.any(high != 1):
-        action = 2 * (action - low) / (high - low) - 1
-    raw["action"] = np.clip(action, -1, 1).astype(np.float32, copy=False)
 
 
 # Built-in data
@@ -758,6 +661,27 @@ def load_built_in(name: str) -> dict[str, np.ndarray]:
         raw = make_cheetah_demo(name, DEMO_EPISODES[robot])
         save_cache(cache, raw)
     return raw
+
+
+def load_cache(path: Path) -> dict[str, np.ndarray] | None:
+    """Arrays of one of our own .npz files, None if it is missing or damaged."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def save_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write whole or not at all, also with several writers; a folder that cannot be written only means no cache."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(part, path)
+    except OSError as error:
+        warn(f"cannot cache {path} ({error}); continuing")
 
 
 def make_cheetah_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -823,35 +747,28 @@ def make_pendulum_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.
 
 
 def make_env(env, render_mode=None):
-    """One evaluation environment for a dataset's name or a Gymnasium id.
+    """One evaluation environment: observations are flat float32 [S], actions are [A] in [-1, 1].
 
-    Observations are flat float32 [S] (dicts in the order of gymnasium.spaces.flatten), actions are [A] in [-1, 1].
-
-    - D4RL names (`DATASETS`), with D4RL's time limits and rules of ending. Locomotion runs in Gymnasium's v4.
-    - `halfcheetah-demo-*`, `pendulum-demo-*`: the environments of the built-in data.
-    - Minari ids (with a slash, dataset already downloaded): the evaluation environment stored with the data.
-    - Any other id in Gymnasium's registry, as it is.
-
-    Raises UserError for unknown names, for actions that are not a bounded box, and for missing packages.
+    env: a D4RL name (with D4RL's time limits and rules of ending), the name of a built-in dataset, the id of a Minari
+    dataset stored here (the environment that it names), or any id in Gymnasium's registry.
     """
-    mujoco.set_mju_user_warning(_on_mujoco_warning)
+    mujoco.set_mju_user_warning(on_mujoco_warning)
     options = {"render_mode": render_mode, "disable_env_checker": True}
-    if env in DATASETS or env.startswith(("halfcheetah-demo-", "pendulum-demo-")):
-        raw = _make_d4rl(env, options)
-        _restore_margins(raw)
+    if env in DATASETS or env in BUILT_IN:
+        raw = make_d4rl(env, options)
+        restore_margins(raw)
     elif env in gymnasium.registry:
         try:
             raw = gymnasium.make(gymnasium.registry[env], **options)  # the spec object: no deprecation notice for v4
         except (gymnasium.error.Error, ImportError) as error:
             raise UserError(f"{env} cannot be made here: {error}") from None
     elif is_minari(env):
-        raw = _make_minari(env, options)
+        raw = make_minari(env, options)
         if env.startswith(("mujoco/", "D4RL/")):  # published sets, recorded before mujoco 3.5
-            _restore_margins(raw)
+            restore_margins(raw)
     else:
-        nearest = difflib.get_close_matches(env, [*DATASETS, *gymnasium.registry], 3, 0.5)
-        hint = f"; nearest names: {', '.join(nearest)}" if nearest else ""
-        raise UserError(f"unknown environment '{env}'{hint}")
+        near = nearest(env, [*DATASETS, *BUILT_IN, *gymnasium.registry])
+        raise UserError(f"unknown environment '{env}': did you mean {near}?")
     return FlatEnv(raw, env)
 
 
@@ -881,7 +798,7 @@ class FlatEnv(gymnasium.Wrapper):
         return spaces.flatten(self.env.observation_space, obs).astype(np.float32)
 
 
-def _on_mujoco_warning(text):
+def on_mujoco_warning(text):
     """MuJoCo's C code would print `text` and write MUJOCO_LOG.TXT; with this hook it is a Python warning instead.
 
     The notice that Gymnasium's HalfCheetah uses an old attribute is dropped: nobody here can act on it.
@@ -890,7 +807,7 @@ def _on_mujoco_warning(text):
         warnings.warn(f"MuJoCo: {text}", stacklevel=2)
 
 
-def _restore_margins(env):
+def restore_margins(env):
     """Undo a change of contacts: since 3.5 MuJoCo adds the margins of two touching geoms, before it took the larger.
 
     Halving all margins gives the physics that the data were recorded with, exactly so if all geoms share one margin
@@ -901,7 +818,7 @@ def _restore_margins(env):
         model.geom_margin *= 0.5
 
 
-def _make_d4rl(env, options):
+def make_d4rl(env, options):
     """The environment of an original D4RL dataset or of built-in data, rebuilt on today's packages."""
     family, kind = env.split("-")[:2]
     if family == "antmaze":
@@ -909,17 +826,17 @@ def _make_d4rl(env, options):
         spec = EnvSpec(env, AntMaze, max_episode_steps=horizon, kwargs={"maze": kind})
         return gymnasium.make(spec, **options)
     if family == "pen":
-        _import_robotics(env)
+        import_robotics(env)
         return PenDrop(gymnasium.make("AdroitHandPen-v1", max_episode_steps=100, **options))
     if family == "kitchen":
-        _import_robotics(env, kitchen=True)
+        import_robotics(env, kitchen=True)
         noise = {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}  # D4RL's values
         tasks = list(KITCHEN_TASKS[kind])
         return KitchenVector(gymnasium.make("FrankaKitchen-v1", tasks_to_complete=tasks, **noise, **options))
     return gymnasium.make(gymnasium.registry[GYM_IDS[family]], **options)  # the spec object: no deprecation notice
 
 
-def _import_robotics(env, kitchen=False):
+def import_robotics(env, kitchen=False):
     """Register the environments of gymnasium-robotics, an optional package, or say what `env` lacks."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other Adroit tasks
@@ -946,6 +863,8 @@ class AntMaze(gymnasium.Env):
     def __init__(self, maze, render_mode=None):
         walls, (goal_row, goal_col) = MAZES[maze]
         contact = {"solref": [0.02, 1], "solimp": [0.8, 0.8, 0.01, 0.5, 2]}
+        wall = {"type": mujoco.mjtGeom.mjGEOM_BOX, "size": [2, 2, 1], "contype": 1, "conaffinity": 1, "condim": 3}
+        wall |= {"margin": 0.01, "friction": [1, 0.5, 0.5], **contact}
         assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
         spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
         spec.option.timestep = 0.02
@@ -956,17 +875,7 @@ class AntMaze(gymnasium.Env):
         for row, cells in enumerate(walls):
             for col, cell in enumerate(cells):
                 if cell == "1":
-                    spec.worldbody.add_geom(
-                        type=mujoco.mjtGeom.mjGEOM_BOX,
-                        pos=[4 * (col - 1), 4 * (row - 1), 1],
-                        size=[2, 2, 1],
-                        contype=1,
-                        conaffinity=1,
-                        condim=3,
-                        margin=0.01,
-                        friction=[1, 0.5, 0.5],
-                        **contact,
-                    )
+                    spec.worldbody.add_geom(pos=[4 * (col - 1), 4 * (row - 1), 1], **wall)
         self.model = spec.compile()
         self.data = mujoco.MjData(self.model)
         self.goal_cell = np.array([4.0 * (goal_col - 1), 4.0 * (goal_row - 1)])
@@ -1030,32 +939,24 @@ class KitchenVector(gymnasium.ObservationWrapper):
         return np.concatenate([state[:9], state[18:39], self.goal])
 
 
-def _open_minari(env):
-    """The local Minari dataset `env`, opened but not read."""
-    try:
-        return import_minari().load_dataset(env)
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"Minari dataset '{env}' cannot be opened: {error}") from None
-
-
-def _make_minari(env, options):
+def make_minari(env, options):
     """The evaluation environment stored with a Minari dataset.
 
     Two tasks were recorded with rewards that go on after success. They are judged by the flags below: AntMaze ends
     with reward 1 at the goal, the kitchen pays once per subtask, so that returns are successes and subtasks.
     """
-    dataset = _open_minari(env)
-    spec = dataset.env_spec
+    with open_minari(env) as dataset:
+        spec = dataset.env_spec
     if spec is None:
         raise UserError(f"Minari dataset '{env}' does not say which environment it was recorded in")
     if str(spec.entry_point).startswith("gymnasium_robotics"):
-        _import_robotics(env, kitchen=spec.id.startswith("FrankaKitchen"))
+        import_robotics(env, kitchen=spec.id.startswith("FrankaKitchen"))
     if spec.id.startswith("AntMaze"):
-        options = {**options, "continuing_task": False}
+        options |= {"continuing_task": False}
     if spec.id.startswith("FrankaKitchen"):
-        options = {**options, "remove_task_when_completed": True, "terminate_on_tasks_completed": True}
+        options |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
     if spec.id.startswith("PointMaze"):  # recorded as one episode of a million steps
-        options = {**options, "max_episode_steps": gymnasium.registry[spec.id].max_episode_steps}
+        options |= {"max_episode_steps": gymnasium.registry[spec.id].max_episode_steps}
     with warnings.catch_warnings():
         # Published sets name the package versions of their recording; other versions are normal.
         warnings.filterwarnings("ignore", "(Installed|Package) .*")
@@ -1108,7 +1009,8 @@ def score(env, returns):
         if env.startswith(("D4RL/antmaze/", "D4RL/kitchen/")):  # make_env gives them rewards of its own
             reference = REFERENCE[env.split("/")[1]]
         else:
-            metadata = _open_minari(env).storage.metadata
+            with open_minari(env) as dataset:
+                metadata = dataset.storage.metadata
             reference = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
     else:
         reference = REFERENCE.get(env.split("-")[0].lower(), (None, None))
@@ -1116,6 +1018,11 @@ def score(env, returns):
     if low is None or high is None:
         return None
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
+
+
+def evaluation_seed(seed):
+    """Episode i of every evaluation of a run starts from seed `1000 * seed + 100 + i`."""
+    return 1000 * seed + 100
 
 
 def evaluate(act, envs, seed):
@@ -1129,8 +1036,7 @@ def evaluate(act, envs, seed):
     actions = np.zeros((len(envs), *envs[0].action_space.shape), np.float32)  # [n, A]
     returns = np.zeros(len(envs))
     running = np.ones(len(envs), bool)
-    tick, threads = 0, 1
-    spent, steps = 0.0, 0  # seconds and environment steps so far, on one thread
+    tick, threads, spent = 0, 1, 0.0  # spent: the sum over ticks of the seconds that one environment took
 
     def step(indices):
         for i in indices:
@@ -1150,16 +1056,15 @@ def evaluate(act, envs, seed):
                 bad = live[~finite][0]
                 raise RunError(f"the policy gave an action that is not finite at step {tick} in environment {bad}")
             actions[live] = answer
-            if tick == 50 and spent > THREADS_PAY_SECONDS * steps:
-                threads = min(MAX_THREADS, len(envs))
+            start = time.perf_counter()
             if threads == 1:
-                start = time.perf_counter()
                 step(live)
-                spent += time.perf_counter() - start
-                steps += len(live)
             else:
                 list(pool.map(step, np.array_split(live, threads)))
+            spent += (time.perf_counter() - start) / len(live)
             tick += 1
+            if tick == 50 and spent / tick > THREADS_PAY_SECONDS:
+                threads = min(MAX_THREADS, len(envs))
     broken = np.flatnonzero(~np.isfinite(returns))
     if len(broken):
         raise RunError(f"the simulation broke down: the return of environment {broken[0]} is not finite")
@@ -1202,8 +1107,8 @@ def parse_args(Args, settings, proportional=(), doc=""):
     names the fields counted in updates that keep their proportion to `steps` when `--steps` is given and they are not.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env", default=Args.env)
-    early.add_argument("--evaluate")
+    early.add_argument("--env", nargs="?", default=Args.env, const=Args.env)  # tyro will say that a value is missing
+    early.add_argument("--evaluate", nargs="?")
     early, rest = early.parse_known_args()
     if early.env == "help":
         print(list_datasets())
@@ -1218,7 +1123,7 @@ def parse_args(Args, settings, proportional=(), doc=""):
         if relative and not {"-h", "--help"} & set(rest):
             print(f"note: no settings for {early.env} in this script; using those of {relative}")
     default = replace(Args(), **table)
-    args = tyro.cli(Args, default=default, description=doc.strip().split("\n\n")[0])
+    args = call_tyro(Args, default, doc.strip().split("\n\n")[0])
     given = {token.split("=")[0].replace("_", "-") for token in rest}
     for field in proportional:
         if "--" + field.replace("_", "-") not in given:
@@ -1227,6 +1132,34 @@ def parse_args(Args, settings, proportional=(), doc=""):
     if args.device == "cpu" and args.env.startswith((*BUILT_IN, "bandit-")):
         torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much on a busy machine
     return args
+
+
+def list_datasets() -> str:
+    """The text of `--env help`."""
+    names = "\n".join(f"  {name}" for name in (*BUILT_IN, "", *DATASETS))
+    return f"""Built-in data, made here in seconds, then D4RL's, downloaded once:
+{names}
+
+Minari: any id with its version, such as mujoco/hopper/medium-v0 (stored here, or downloaded once).
+Your own file: --data-path FILE (D4RL-style .hdf5, .npz, or a Minari dataset's folder), and --env naming
+  a dataset above or a Gymnasium environment such as Hopper-v4.
+bandit-...: 2-D toy problems that some scripts bring; see the script's --help."""
+
+
+def call_tyro(Args, default, description):
+    """tyro.cli; of a complaint, which it prints in a frame, only the first paragraph and the flag that it suggests."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Args, default=default, description=description)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    rule, frame = "[─-]{3,}", r"\x1b\[[0-9;]*m|[│╭╮]"
+    _, first, *rest = re.split(rule, re.sub(frame, "", complaint.getvalue()))
+    similar = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(rest))
+    hint = f" (did you mean {similar[1]}?)" if similar else ""
+    raise UserError(f"{' '.join(first.split()).rstrip('.')}{hint}; --help lists all settings")
 
 
 def nearest_settings(env, settings):
@@ -1277,11 +1210,6 @@ def cli(main):
 # ----------------------------------------------------------------------------------------------------------------------
 # Learners: metrics, state, saved policies, CUDA graphs
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def reason(error):
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class Metrics:
@@ -1378,22 +1306,13 @@ def evaluate_run(args, Learner):
     act = load_policy(Learner, type(args), args.evaluate, args.device)
     envs = [make_env(args.env) for _ in range(max(args.eval_episodes, 1))]
     returns = evaluate(act, envs, seed=evaluation_seed(args.seed[0]))
-    print(f"{args.evaluate}: {describe(args.env, returns)}")
+    text = f"{args.evaluate}: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
+    scores = score(args.env, returns)
+    print(text if scores is None else f"{text} | D4RL score {np.mean(scores):.1f} ± {np.std(scores):.1f}")
     if args.video:
         film = Path(args.evaluate) / "video.mp4"
         value = record_video(act, args.env, film, seed=evaluation_seed(args.seed[0]))
         print(f"video of the first episode (return {value:.1f}): {film}")
-
-
-def evaluation_seed(seed):
-    """Episode i of every evaluation of a run starts from seed `1000 * seed + 100 + i`."""
-    return 1000 * seed + 100
-
-
-def describe(env, returns):
-    text = f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
-    scores = score(env, returns)
-    return text if scores is None else f"{text} | D4RL score {np.mean(scores):.1f} ± {np.std(scores):.1f}"
 
 
 def capture(learners, phase):
@@ -1449,6 +1368,7 @@ def take_back(learner, before):
 
 FREE_SETTINGS = {"seed", "device", "out", "resume", "data_path", "evaluate", "video", "wandb"}  # may differ on --resume
 FREE_SETTINGS |= {"eval_every", "eval_episodes", "log_every", "checkpoint_every"}
+BOOKS = ("phase", "step", "done", "speed", "seconds")  # what a checkpoint holds of a Run
 
 
 class Run:
@@ -1468,15 +1388,14 @@ class Run:
         self.speed = {}  # phase -> [updates, seconds spent on them]
         self.seconds = 0.0
         self.rows = [[] for _ in learners]  # what stands in metrics.csv
+        self.columns = [{} for _ in learners]  # its header, as the keys of a dict
         name = args.env.replace("/", "-") + (f"@{Path(args.data_path).stem}" if args.data_path else "")
         self.root = Path(args.out) / self.script.stem / name
         self.folders = [self.root / f"seed{seed}" for seed in args.seed]
         if not (args.resume and self.restore()):
             self.open_folders()
         self.writers = [SummaryWriter(str(folder), purge_step=self.step) for folder in self.folders]
-        self.wandb = (
-            [start_wandb(args, folder, seed) for folder, seed in zip(self.folders, args.seed)] if args.wandb else []
-        )
+        self.wandb = [start_wandb(args, *seed) for seed in zip(self.folders, args.seed) if args.wandb]
         self.start = time.monotonic() - self.seconds
         self.stop = None
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1493,18 +1412,14 @@ class Run:
         versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium)}
         versions |= dict(python=platform.python_version(), mujoco=mujoco.__version__)
         device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.processor()
+        about = dict(versions=versions, device=device, git=git_commit(self.script))
         for folder, seed in zip(self.folders, args.seed):
             if folder.exists():
-                aside = next(
-                    p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.old{n}")).exists()
-                )
+                aside = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.old{n}")).exists())
                 folder.rename(aside)
                 print(f"note: the earlier run in {folder} is now {aside} (--resume would have continued it)")
             folder.mkdir(parents=True)
-            about = dict(
-                args=asdict(args) | dict(seed=[seed]), versions=versions, device=device, git=git_commit(self.script)
-            )
-            write_text(folder / "args.json", json.dumps(about, indent=2))
+            write_text(folder / "args.json", json.dumps(dict(args=asdict(args) | dict(seed=[seed])) | about, indent=2))
             shutil.copy(self.script, folder)
 
     def restore(self):
@@ -1519,24 +1434,18 @@ class Run:
         if len({(c["phase"], c["step"]) for c in checkpoints}) > 1:
             raise UserError(f"the seeds in {self.root} stand at different updates; resume each seed on its own")
         for folder, learner, checkpoint in zip(self.folders, self.learners, checkpoints):
-            now = asdict(self.args)
-            changed = [
-                f"--{name.replace('_', '-')} was {old}"
-                for name, old in saved_args(folder, type(self.args)).items()
-                if name not in FREE_SETTINGS and old != now[name]
-            ]
+            old = saved_args(folder, type(self.args))
+            changed = [name for name in old.keys() - FREE_SETTINGS if old[name] != getattr(self.args, name)]
             if changed:
-                raise UserError(f"cannot resume {folder} with other settings: {', '.join(changed)}; use another --out")
+                were = ", ".join(f"--{name.replace('_', '-')} was {old[name]}" for name in sorted(changed))
+                raise UserError(f"cannot resume {folder} with other settings: {were}; use another --out")
             set_state(learner.state, checkpoint["learner"])
-        self.phase, self.step, self.done = checkpoints[0]["phase"], checkpoints[0]["step"], checkpoints[0]["done"]
-        self.speed, self.seconds = checkpoints[0]["speed"], checkpoints[0]["seconds"]
-        for rows, folder in zip(self.rows, self.folders):
-            rows += [
-                row
-                for row in read_csv(folder / "metrics.csv")
-                if row["phase"] in self.done or (row["phase"] == self.phase and row["step"] <= self.step)
-            ]
-            write_csv(folder / "metrics.csv", rows)  # without what a killed run logged after its last checkpoint
+        for name in BOOKS:
+            setattr(self, name, checkpoints[0][name])
+        for rows, folder in zip(self.rows, self.folders):  # without what a killed run logged after its checkpoint
+            for row in read_csv(folder / "metrics.csv"):
+                if row["phase"] in self.done or (row["phase"] == self.phase and row["step"] <= self.step):
+                    rows.append(row)
         print(f"resuming {self.root} at {self.phase} update {self.step:,}")
         return True
 
@@ -1585,11 +1494,11 @@ class Run:
     def record(self, steps, evaluating):
         """One row of metrics.csv and TensorBoard per seed, and a line on the terminal."""
         self.wait()
-        metrics = [learner.metrics.read() for learner in self.learners]
         now, count = time.monotonic(), self.step - self.clock_step
-        totals = self.speed.setdefault(self.phase, [0, 0.0])
-        totals[0], totals[1] = totals[0] + count, totals[1] + now - self.clock
-        rate = count / max(now - self.clock, 1e-9)
+        spent = max(now - self.clock, 1e-9)
+        updates, seconds = self.speed.get(self.phase, (0, 0.0))
+        self.speed[self.phase] = [updates + count, seconds + spent]
+        metrics = [learner.metrics.read() for learner in self.learners]
         for seed, values in zip(self.args.seed, metrics):
             for name, value in values.items():
                 if not math.isfinite(value):
@@ -1597,14 +1506,13 @@ class Run:
                         f"{name} became {value} before {self.phase} update {self.step:,} of seed {seed}; "
                         f"the last checkpoint in {self.root} is from before that"
                     )
-        for i, (learner, values) in enumerate(zip(self.learners, metrics)):
-            row = dict(phase=self.phase, step=self.step, seconds=round(now - self.start, 1), updates_per_second=rate)
-            if evaluating:
-                row |= self.evaluate(learner, self.args.seed[i])
-            self.write_row(i, row | values)
+        for i, values in enumerate(metrics):
+            row = dict(phase=self.phase, step=self.step, seconds=round(now - self.start, 1))
+            row |= dict(updates_per_second=count / spent) | (self.evaluate(i) if evaluating else {}) | values
+            self.write_row(i, row)
         if evaluating:
             self.draw()
-        self.show(steps, rate, metrics, evaluating)
+        self.show(steps, count / spent, metrics[0], evaluating)
         self.wait()
         self.clock, self.clock_step = time.monotonic(), self.step
 
@@ -1613,23 +1521,27 @@ class Run:
         if self.args.device.startswith("cuda"):
             torch.cuda.synchronize(self.args.device)
 
-    def evaluate(self, learner, seed):
+    def evaluate(self, i):
         if self.envs is None:
             self.envs = [self.data.make_env() for _ in range(self.args.eval_episodes)]
-        returns = evaluate(policy_of(learner), self.envs, seed=evaluation_seed(seed))
+        returns = evaluate(policy_of(self.learners[i]), self.envs, seed=evaluation_seed(self.args.seed[i]))
         scores = score(self.args.env, returns)
         row = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
         return row if scores is None else row | {"score": float(np.mean(scores))}
 
     def write_row(self, i, row):
-        path, rows = self.folders[i] / "metrics.csv", self.rows[i]
-        known = list(dict.fromkeys(name for old in rows for name in old))
+        path, rows, columns = self.folders[i] / "metrics.csv", self.rows[i], self.columns[i]
         rows.append(row)
-        if set(row) <= set(known) and path.exists():
+        if row.keys() <= columns.keys():
             with open(path, "a", newline="") as file:
-                csv.DictWriter(file, known).writerow(row)
-        else:  # a new column: write the file again with a longer header
-            write_csv(path, rows)
+                csv.DictWriter(file, columns).writerow(row)
+        else:  # a new column, or a resumed run: write all rows again, below a longer header
+            columns.update(dict.fromkeys(name for row in rows for name in row))
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(path, text.getvalue())
         numbers = {f"{self.phase}/{name}": value for name, value in row.items() if name not in ("phase", "step")}
         for name, value in numbers.items():
             self.writers[i].add_scalar(name, value, self.step)
@@ -1647,20 +1559,15 @@ class Run:
         if self.bar.disable and (evaluating or self.step == steps or time.monotonic() - self.printed > 10):
             self.printed = time.monotonic()
             left = time.strftime("%H:%M:%S", time.gmtime((steps - self.step) / rate))
-            losses = ", ".join(f"{name} {value:.3g}" for name, value in list(metrics[0].items())[:4])
-            print(
-                f"{self.phase} {self.step:,}/{steps:,} | {rate:.0f} updates/s, {left} left | {losses}"
-                + (f" | {text}" if text else ""),
-                flush=True,
-            )
+            losses = ", ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4])
+            line = f"{self.phase} {self.step:,}/{steps:,} | {rate:.0f} updates/s, {left} left | {losses}"
+            print(f"{line} | {text}" if text else line, flush=True)
 
     def save(self):
         """Checkpoints of all seeds: written beside the old ones first, then renamed, so that a kill costs nothing."""
         self.seconds = time.monotonic() - self.start
         dims = {name: getattr(self.data, name) for name in ("obs_dim", "action_dim", "max_action")}
-        books = dict(
-            phase=self.phase, step=self.step, done=self.done, speed=self.speed, seconds=self.seconds, dims=dims
-        )
+        books = {name: getattr(self, name) for name in BOOKS} | dict(dims=dims)
         parts = [folder / "checkpoint.pt.part" for folder in self.folders]
         try:
             for part, learner in zip(parts, self.learners):
@@ -1676,12 +1583,10 @@ class Run:
 
     def draw(self):
         """curve.png of each seed and, with several, one with their mean and band."""
-        curves = [[row for row in rows if "return" in row] for rows in self.rows]
-        key = "score" if curves[0] and "score" in curves[0][0] else "return"
         for folder, rows in zip(self.folders, self.rows):
-            draw_curve(folder / "curve.png", [rows], key, self)
+            draw_curve(folder / "curve.png", [rows], self)
         if len(self.folders) > 1:
-            draw_curve(self.root / "curve.png", self.rows, key, self)
+            draw_curve(self.root / "curve.png", self.rows, self)
 
     def finish(self):
         """summary.json of each seed (and of all), the last curve, and the closing lines."""
@@ -1700,9 +1605,7 @@ class Run:
             print(f"data        return {mean:.1f} on average over {len(behavior)} episodes, best {best:.1f}")
         if self.published is not None:
             print(f"paper       score {self.published} ({self.protocol})")
-        rates = ", ".join(
-            f"{phase} {updates / max(seconds, 1e-9):.0f}" for phase, (updates, seconds) in self.speed.items()
-        )
+        rates = ", ".join(f"{phase} {rate:.0f}" for phase, rate in self.rates().items())
         print(f"speed       {rates} updates/s; {self.seconds / 60:.1f} minutes in all")
         print(f"files       {self.root if len(summaries) > 1 else self.folders[0]}")
         for writer in self.writers:
@@ -1717,11 +1620,13 @@ class Run:
             values = [row[key] for row in evaluated if key in row]
             if values:
                 summary[key] = dict(last=values[-1], last_five=float(np.mean(values[-5:])), best=max(values))
-        rates = {phase: updates / max(seconds, 1e-9) for phase, (updates, seconds) in self.speed.items()}
         summary |= dict(evaluations=len(evaluated), episodes=args.eval_episodes, paper_score=self.published)
-        return summary | dict(
-            protocol=self.protocol, updates_per_second=rates, seconds=self.seconds, device=args.device
-        )
+        summary |= dict(protocol=self.protocol, updates_per_second=self.rates())
+        return summary | dict(seconds=self.seconds, device=args.device)
+
+    def rates(self):
+        """Updates per second of each phase."""
+        return {phase: updates / max(seconds, 1e-9) for phase, (updates, seconds) in self.speed.items()}
 
 
 def print_summary(summaries):
@@ -1745,17 +1650,12 @@ def across_seeds(summaries):
             result[key] = {}
             for when in summaries[0][key]:
                 values = np.array([summary[key][when] for summary in summaries])
+                std = values.std(ddof=1)
                 resampled = np.random.default_rng(0).choice(values, (2000, len(values)))
                 low, high = np.percentile([interquartile_mean(sample) for sample in resampled], [2.5, 97.5])
-                result[key][when] = dict(
-                    mean=values.mean(),
-                    std=values.std(ddof=1),
-                    stderr=values.std(ddof=1) / len(values) ** 0.5,
-                    iqm=interquartile_mean(values),
-                    iqm_low=low,
-                    iqm_high=high,
-                    seeds=values.tolist(),
-                )
+                statistics = dict(mean=values.mean(), std=std, stderr=std / len(values) ** 0.5)
+                statistics |= dict(iqm=interquartile_mean(values), iqm_low=low, iqm_high=high, seeds=values.tolist())
+                result[key][when] = statistics
     return result
 
 
@@ -1765,10 +1665,11 @@ def interquartile_mean(values):
     return float(np.sort(values)[cut : len(values) - cut].mean())
 
 
-def draw_curve(path, rows_of_seeds, key, run):
+def draw_curve(path, rows_of_seeds, run):
     """Score over updates, with the data's and the paper's level, beside the losses; a line per seed and their mean."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    key = "score" if any("score" in row for row in rows_of_seeds[0]) else "return"
     curves = [[(row["step"], row[key]) for row in rows if key in row] for rows in rows_of_seeds]
     for i, curve in enumerate(curves):
         left.plot(*zip(*curve), ".-", color="C0", alpha=1 if len(curves) == 1 else 0.3, label=None if i else "one seed")
@@ -1782,15 +1683,14 @@ def draw_curve(path, rows_of_seeds, key, run):
         left.axhline(np.mean(behavior), color="grey", linestyle="--", label="behaviour in the data")
     if run.published is not None and key == "score":
         left.axhline(float(str(run.published).split()[0]), color="C3", linestyle=":", label="paper")
-    left.set(
-        xlabel=f"updates (phase: {run.phase})", ylabel="D4RL score" if key == "score" else "return", title=run.root.name
-    )
+    updates = f"updates (phase: {run.phase})"
+    left.set(xlabel=updates, ylabel="D4RL score" if key == "score" else "return", title=run.root.name)
     left.legend(fontsize=8)
     for name in dict.fromkeys(name for row in rows_of_seeds[0] for name in row if name.endswith("_loss")):
         points = [(row["step"], row[name]) for row in rows_of_seeds[0] if row["phase"] == run.phase and name in row]
         if points:
             right.plot(*zip(*points), label=name)
-    right.set(xlabel=f"updates (phase: {run.phase})", title="losses", yscale="symlog")
+    right.set(xlabel=updates, title="losses", yscale="symlog")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -1813,14 +1713,6 @@ def read_csv(path):
     return [{name: text if name == "phase" else float(text) for name, text in row.items()} for row in rows]
 
 
-def write_csv(path, rows):
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
 def write_text(path, text):
     """Write a whole file or nothing."""
     part = path.with_name(path.name + ".part")
@@ -1832,8 +1724,8 @@ def git_commit(script):
     """The commit that `script` stands in, None outside a repository."""
     command = ["git", "-C", str(script.resolve().parent), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
         return None
 
 
@@ -1843,6 +1735,5 @@ def start_wandb(args, folder, seed):
     except ImportError:
         raise UserError("--wandb needs the wandb package: pip install wandb") from None
     name = f"{folder.parent.parent.name} {args.env} seed {seed}"
-    return wandb.init(
-        project="offline-rl", name=name, dir=folder, config=asdict(args) | dict(seed=seed), reinit="create_new"
-    )
+    settings = asdict(args) | dict(seed=seed)
+    return wandb.init(project="offline-rl", name=name, dir=folder, config=settings, reinit="create_new")

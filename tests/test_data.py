@@ -225,7 +225,7 @@ def with_nan(value):
         (broken("actions", lambda a: a[:-1]), "different lengths: observations 500, actions 499"),
         (broken("observations", lambda o: o[:, :9]), r"observations: expected shape \[N, 11\], found \[500, 9\]"),
         (broken("actions", lambda a: a[:, :2]), r"actions: expected shape \[N, 3\], found \[500, 2\]"),
-        (broken("rewards", lambda r: np.stack([r, r], 1)), r"rewards: expected shape \(500,\), found \(500, 2\)"),
+        (broken("rewards", lambda r: np.stack([r, r], 1)), r"rewards: expected shape \[N\], found \[500, 2\]"),
         (broken("observations", with_nan), "observations has NaN or infinite values in 2 rows, the first is 7"),
         (broken("rewards", lambda r: r / 0.0), "rewards has NaN or infinite values in 500 rows, the first is 0"),
         (broken("actions", lambda a: a * 3), r"actions must be in \[-1, 1\], found \[-[23]\..*another environment"),
@@ -270,7 +270,7 @@ def test_bad_files(tmp_path, name, content, words, code):
         ("hopper-medium", "hopper-medium-v2"),
         ("hopper-medium-v0", "hopper-medium-v2"),
         ("walker2d-medum-replay-v2", "walker2d-medium-replay-v2"),
-        ("antmaze-umaze", "antmaze-umaze-v0 or antmaze-umaze-v2"),
+        ("antmaze-umaze", "antmaze-umaze-v2 or antmaze-umaze-v0"),
         ("pendulum-medium", "pendulum-demo-medium"),
     ],
 )
@@ -347,7 +347,7 @@ def toy_data(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("by_path", [False, True])
-def test_minari(toy_data, by_path, monkeypatch):
+def test_minari(toy_data, by_path):
     where = ("DictToy-v0", str(toy_data)) if by_path else ("toy/dict-v0",)
     data = common.load_dataset(*where)
     assert len(data) == 8 + 5 + 8 + 5  # time-limit rows are kept, their successor is known
@@ -359,14 +359,6 @@ def test_minari(toy_data, by_path, monkeypatch):
     last = data.step == torch.where(data.episode % 2 == 0, 7, 4)
     assert torch.equal(data.next_action[~last], data.action[torch.where(~last)[0] + 1])
     assert torch.equal(data.next_action[last], data.action[last])
-
-    monkeypatch.setattr(common, "import_minari", None)  # the second reading comes from the cache
-    assert torch.equal(common.load_dataset(*where).rows, data.rows)
-    [cache] = toy_data.glob("*.npz")
-    cache.write_bytes(b"damaged")
-    monkeypatch.undo()
-    monkeypatch.setattr(common, "make_env", lambda name: plain_env("DictToy-v0"))
-    assert torch.equal(common.load_dataset("DictToy-v0", str(toy_data)).rows, data.rows)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -392,7 +384,7 @@ def test_minari_errors(tmp_path, monkeypatch):
         raise TimeoutError("no route\nto host")
 
     monkeypatch.setattr(minari, "download_dataset", offline)
-    with pytest.raises(common.RunError, match="could not download mujoco/hopper/medium-v0 .*no route"):
+    with pytest.raises(common.RunError, match="'mujoco/hopper/medium-v0' cannot be opened .*no route.*network"):
         common.load_dataset("mujoco/hopper/medium-v0")
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(common.UserError, match=r'need the package minari: pip install "minari\[hdf5,hf\]"'):

@@ -121,7 +121,7 @@ def test_mixed_margins_are_left_alone():
     env = gymnasium.make(gymnasium.registry["Hopper-v4"])
     env.unwrapped.model.geom_margin[0] = 0
     before = env.unwrapped.model.geom_margin.copy()
-    common._restore_margins(env)
+    common.restore_margins(env)
     np.testing.assert_array_equal(env.unwrapped.model.geom_margin, before)
 
 

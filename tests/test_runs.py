@@ -123,6 +123,33 @@ def test_bad_settings_are_refused(monkeypatch, flags):
         parsed(monkeypatch, *flags)
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--nonsense 3", "Unrecognized options: --nonsense"),
+        ("--stesp 3", "--stesp, 3 (did you mean --steps?)"),
+        ("--steps abc", "--steps: invalid literal for int() with base 10: 'abc'"),
+        ("--steps", "Missing value for argument '--steps'"),
+        ("--env", "Missing value for argument '--env'"),
+        ("--video --evaluate", "Missing value for argument '--evaluate'"),
+        ("3", "Unrecognized options: 3"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(monkeypatch, capsys, flags, words):
+    with pytest.raises(SystemExit) as stopped:
+        common.cli(lambda: parsed(monkeypatch, *flags.split()))
+    out, error = capsys.readouterr()
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert words in error and "--help" in error and out == ""
+
+
+def test_help_explains_every_setting(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        common.cli(lambda: parsed(monkeypatch, "--help"))
+    out, error = capsys.readouterr()
+    assert stopped.value.code == 0 and error == "" and "--head-start" in out and "--batch-size" in out
+
+
 def test_env_help_lists_the_datasets(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         parsed(monkeypatch, "--env", "help")
