@@ -1155,9 +1155,10 @@ def call_tyro(Args, default, description):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    rule, frame = "[─-]{3,}", r"\x1b\[[0-9;]*m|[│╭╮]"
-    _, first, *rest = re.split(rule, re.sub(frame, "", complaint.getvalue()))
-    similar = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(rest))
+    text = re.sub(r"\x1b\[[0-9;]*m|[│╭╮]", "", complaint.getvalue())
+    parts = re.split("[─-]{3,}", text)  # the frame's rules
+    first = parts[1] if len(parts) > 1 else text
+    similar = re.search(r"Perhaps you meant:\s+(--[\w-]+)", text)
     hint = f" (did you mean {similar[1]}?)" if similar else ""
     raise UserError(f"{' '.join(first.split()).rstrip('.')}{hint}; --help lists all settings")
 
