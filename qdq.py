@@ -19,6 +19,11 @@ far from the data. Where they spread most, the target of the critic is made smal
     critic      L = alpha E (r + gamma Q' - Q)^2 + (1 - alpha) E (r + gamma Q_L' - Q)^2                           Eq. 7
     actor       L = -E min(Q1, Q2)(s, pi(s)) - w_bc E log pi(a | s)                                               Eq. 9
 
+In the file: Eq. 5 truncated_returns, return_dataset; score score_loss; consistency consistency_loss, heun_step; Eq. 6
+QDQ.uncertainty (sample_returns, one_step); Eq. 7 critic_targets in critic_step; Eq. 8 penalty_weight; Eq. 9 pg_loss (or
+awr_loss) in actor_step. Alg. 1 line by line: return_dataset; consistency_update, whose teacher score_update trains
+first; then policy_update: sample, critic_step, actor_step, move for both targets.
+
 Three phases in one command: 800,000 updates of the score model D (EDM), 1,600,000 of the consistency model f (f' is its
 moving average), 1,000,000 of critic (Alg. 1) with actor and targets on every second. To act: the mean of pi.
 
@@ -37,7 +42,8 @@ agree with each other; Tables G.1 and G.2 of the paper do not):
     start of the window. An episode of up to 200 steps gives one window, a longer one at most 100.
  7. Three hidden layers in the paper; AntMaze has two, and LayerNorm in the critic for the large mazes. Gradient
     clipping and the actor's cosine decay are only in the code: --layers, --layer-norm, --clip-grad.
- 8. The actor's cosine counts actor updates over --steps and so ends at half the learning rate.
+ 8. Alg. 1 moves actor and targets at every update, the code at every second. The actor's cosine counts actor updates
+    over --steps and so ends at half the learning rate.
  9. The student begins from random weights, though the usual recipe copies the teacher: --init-from-teacher. Its noise
     levels leave out the highest (80), at which it is then sampled. The code gives f' weights of its own; here a copy.
 10. RAdam for the consistency model: here Adam with RAdam's factor on its learning rate, which leaves out the five first
