@@ -8,8 +8,8 @@ Official code (JAX): github.com/evalarzj/qdq, f083a57.
     python qdq.py --env hopper-medium-v2       # the paper's run, all three phases
     python qdq.py --env hopper-medium-v2 --seed 1 2 3 4 --reuse runs/qdq/hopper-medium-v2/seed0    # last phase only
 
-A generative model of the returns seen after (s, a) says how uncertain Q is there: its samples spread more for actions
-far from the data. Where they spread most, the target of the critic is made smaller.
+A generative model of the returns seen after (s, a) says how uncertain Q is there: its samples, so the paper, spread
+more for actions far from the data (but see difference 13). Where they spread most, the critic's target is made smaller.
 
     returns     G(s_b, a_b) = sum_{i < 200} gamma^i r_{b+i},  a window every 10 steps, scaled to x in [-1, 1]     Eq. 5
     score       L = E w(t) (D(x + t z, t | s, a) - x)^2
@@ -51,7 +51,8 @@ agree with each other; Tables G.1 and G.2 of the paper do not):
 11. The code draws each batch without replacement and clips the data's actions to 1 - 1e-5: both dropped.
 12. All seeds of the paper share one score and consistency model; here each trains its own without --reuse.
 13. H is mostly error of the distillation, not spread of the returns (the score model's samples spread far less, see
-    returns.png). The method needs only 1/H < beta on U, which holds in units of the return; it fails if H is below 1.
+    returns.png). In a small known system it was no larger off the data (tests/benchmarks/claim_qdq.py). The method
+    needs only 1/H < beta on U, which holds in units of the return; it fails if H is below 1.
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
 `Batch`, the same fields of all rows in order, and `obs_dim`, `action_dim`), `parse_args`, `Run`, `capture`, `Metrics`;
