@@ -8,8 +8,8 @@ Official code (JAX): github.com/evalarzj/qdq, f083a57.
     python qdq.py --env hopper-medium-v2       # the paper's run, all three phases
     python qdq.py --env hopper-medium-v2 --seed 1 2 3 4 --reuse runs/qdq/hopper-medium-v2/seed0    # last phase only
 
-A generative model of the returns seen after (s, a) says how uncertain Q is there: its samples spread more for actions
-far from the data. Where they spread most, the target of the critic is made smaller.
+A generative model of the returns seen after (s, a) says how uncertain Q is there: its samples, so the paper, spread
+more for actions far from the data (but see difference 13). Where they spread most, the critic's target is made smaller.
 
     returns     G(s_b, a_b) = sum_{i < 200} gamma^i r_{b+i},  a window every 10 steps, scaled to x in [-1, 1]     Eq. 5
     score       L = E w(t) (D(x + t z, t | s, a) - x)^2
@@ -18,6 +18,11 @@ far from the data. Where they spread most, the target of the critic is made smal
     target      Q_L = Q / H on the uncertain set U, beta Q off it;  U = {H > its beta-quantile in the batch}      Eq. 8
     critic      L = alpha E (r + gamma Q' - Q)^2 + (1 - alpha) E (r + gamma Q_L' - Q)^2                           Eq. 7
     actor       L = -E min(Q1, Q2)(s, pi(s)) - w_bc E log pi(a | s)                                               Eq. 9
+
+In the file: Eq. 5 truncated_returns, return_dataset; score score_loss; consistency consistency_loss, heun_step; Eq. 6
+QDQ.uncertainty (sample_returns, one_step); Eq. 7 critic_targets in critic_step; Eq. 8 penalty_weight; Eq. 9 pg_loss (or
+awr_loss) in actor_step. Alg. 1 line by line: return_dataset; consistency_update, whose teacher score_update trains
+first; then policy_update: sample, critic_step, actor_step, move for both targets.
 
 Three phases in one command: 800,000 updates of the score model D (EDM), 1,600,000 of the consistency model f (f' is its
 moving average), 1,000,000 of critic (Alg. 1) with actor and targets on every second. To act: the mean of pi.
@@ -37,7 +42,8 @@ agree with each other; Tables G.1 and G.2 of the paper do not):
     start of the window. An episode of up to 200 steps gives one window, a longer one at most 100.
  7. Three hidden layers in the paper; AntMaze has two, and LayerNorm in the critic for the large mazes. Gradient
     clipping and the actor's cosine decay are only in the code: --layers, --layer-norm, --clip-grad.
- 8. The actor's cosine counts actor updates over --steps and so ends at half the learning rate.
+ 8. Alg. 1 moves actor and targets at every update, the code at every second. The actor's cosine counts actor updates
+    over --steps and so ends at half the learning rate.
  9. The student begins from random weights, though the usual recipe copies the teacher: --init-from-teacher. Its noise
     levels leave out the highest (80), at which it is then sampled. The code gives f' weights of its own; here a copy.
 10. RAdam for the consistency model: here Adam with RAdam's factor on its learning rate, which leaves out the five first
@@ -45,7 +51,8 @@ agree with each other; Tables G.1 and G.2 of the paper do not):
 11. The code draws each batch without replacement and clips the data's actions to 1 - 1e-5: both dropped.
 12. All seeds of the paper share one score and consistency model; here each trains its own without --reuse.
 13. H is mostly error of the distillation, not spread of the returns (the score model's samples spread far less, see
-    returns.png). The method needs only 1/H < beta on U, which holds in units of the return; it fails if H is below 1.
+    returns.png). In a small known system it was no larger off the data (tests/benchmarks/claim_qdq.py). The method
+    needs only 1/H < beta on U, which holds in units of the return; it fails if H is below 1.
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
 `Batch`, the same fields of all rows in order, and `obs_dim`, `action_dim`), `parse_args`, `Run`, `capture`, `Metrics`;

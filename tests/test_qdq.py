@@ -50,6 +50,13 @@ def make_learner(data=None, seed=0, **settings):
     return learner
 
 
+def shake(*nets):
+    """Other weights, so that a network is not mistaken for the one it began as a copy of."""
+    with torch.no_grad():
+        for weight in (weight for net in nets for weight in net.parameters()):
+            weight.add_(0.3 * torch.randn(weight.shape, generator=generator(weight.numel())))
+
+
 def snapshot(module):
     return [tensor.clone() for tensor in module.state_dict().values()]
 
@@ -202,10 +209,8 @@ def test_input_scaling_and_time_embedding():
     model.raw(torch.tensor([[10.0]]), torch.tensor([[80.0]]), torch.tensor([[3.0, 4.0]]))
     angle = 2 * math.pi * 1.0955067 * model.freqs
     assert torch.allclose(seen["time"][0], torch.cat([angle.sin(), angle.cos()]), atol=1e-3)
-    assert seen["net"][0, :3].tolist() == pytest.approx([3.0, 4.0, 0.1249976], rel=1e-5) and seen["net"].shape == (
-        1,
-        35,
-    )
+    assert seen["net"].shape == (1, 35)
+    assert seen["net"][0, :3].tolist() == pytest.approx([3.0, 4.0, 0.1249976], rel=1e-5)
 
 
 def test_noise_levels():
@@ -316,6 +321,7 @@ def test_worked_targets(penalty, alpha, weight, mixed):
 
 def test_critic_gradient_is_that_of_one_mixed_target():
     learner = make_learner(alpha=0.7, clip_grad=1e9, lr=0.0)
+    shake(learner.critic_target, learner.actor_target)
     frozen = learner.consistency, learner.critic_target, learner.actor_target, learner.actor
     before = [snapshot(net) for net in frozen]
     batch = learner.data.sample(32, generator(3))
@@ -475,6 +481,24 @@ def test_actor_update_leaves_the_rest_alone(actor_loss):
     assert all(weight.grad is None for weight in learner.critic.parameters())
 
 
+@pytest.mark.parametrize("actor_loss", ["pg", "awr"])
+def test_actor_step_takes_the_online_critic(actor_loss):
+    """And AWR's V the target actor: the gradient is that of the loss of these networks."""
+    learner = make_learner(actor_loss=actor_loss, lr=0.0)
+    shake(learner.critic_target, learner.actor_target)
+    batch, state = learner.data.sample(8, generator()), learner.generator.get_state()
+    learner.actor_step(batch)
+    found = [weight.grad.clone() for weight in learner.actor.parameters()]
+    learner.generator.set_state(state)
+    if actor_loss == "pg":
+        loss = qdq.pg_loss(learner.actor, learner.critic, batch.obs, batch.action, 0.8)
+    else:
+        nets = learner.actor, learner.actor_target, learner.critic
+        loss = qdq.awr_loss(*nets, batch.obs, batch.action, learner.generator)
+    expected = torch.autograd.grad(loss, list(learner.actor.parameters()))
+    assert all(torch.allclose(a, b) for a, b in zip(found, expected))
+
+
 def test_the_two_actor_losses_differ():
     learners = [make_learner(actor_loss=actor_loss) for actor_loss in ("pg", "awr")]
     for learner in learners:
@@ -484,6 +508,7 @@ def test_the_two_actor_losses_differ():
 
 def test_acts_with_the_mean():
     learner, obs = make_learner(), torch.randn(5, 3)
+    shake(learner.actor_target)
     action = learner.act(obs, generator())
     assert torch.equal(action, learner.actor.net(obs)) and action.abs().max() <= 1
 
