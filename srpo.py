@@ -11,14 +11,16 @@ Behavior", ICLR 2024, arXiv:2310.07297. Official code: github.com/thu-ml/SRPO, c
 An IQL critic and a diffusion model of the behaviour policy are trained apart and frozen. Then a deterministic policy
 climbs Q while the diffusion model's score holds it back; nothing is ever sampled from the diffusion model.
 
-    value       L_V  = E |tau - 1(u < 0)| u^2,  u = min(target Q1, Q2)(s, a) - V(s)                  Eq. 11
-    critic      L_Q  = E (r + gamma V(s') - Q_i(s, a))^2                                             Eq. 12
-    behaviour   L_mu = E |eps(a_t, t | s) - n|^2,  a_t = alpha_t a + sigma_t n,  n ~ N(0, I)         Eq. 13
-    policy      max  E Q(s, pi(s)) - 1/beta E omega(t) sigma_t / alpha_t KL(pi_t || mu_t)            Eq. 14
-    its gradient in a = pi(s):  grad_a Q(s, a) - 1/beta E omega(t) (eps(a_t, t | s) - n)             Eq. 15
+    noise       a_t = alpha_t a + sigma_t n,  n ~ N(0, I)                            Eq. 4       schedule, diffuse
+    value       L_V  = E |tau - 1(u < 0)| u^2,  u = min(target Q1, Q2)(s, a) - V(s)  Eq. 11      expectile_loss
+    critic      L_Q  = E (r + gamma V(s') - Q_i(s, a))^2                             Eq. 12      critic_update
+    behaviour   L_mu = E |eps(a_t, t | s) - n|^2,  eps = -sigma_t score of a_t       Eq. 6, 13   denoising_loss
+    policy      max  E Q(s, pi(s)) - 1/beta E omega(t) sigma_t / alpha_t KL(pi_t || mu_t)   Eq. 14, with one t Eq. 8
+    its gradient in a = pi(s):
+                grad_a Q(s, a) - 1/beta E omega(t) (eps(a_t, t | s) - n)             Eq. 15, 10  q_gradient, policy_loss
 
-Three phases (Alg. 1): critic 1.5M updates, behaviour 2M, policy 1M. The first two know nothing of beta and omega, so
-that --reuse can take them from an earlier run. To act: one pass through pi.
+Three phases (Alg. 1): critic_update 1.5M times, behavior_update 2M, policy_update 1M. The first two know nothing of
+beta and omega, so that --reuse can take them from an earlier run. To act: one pass through pi, `act`.
 
 With omega = sigma^2, the paper's choice, the score term does not seek modes on actions in [-1, 1]: two equal modes up
 to 1.3 from their centre are averaged unless Q decides. omega = alpha / sigma, or a small fixed t, does.
@@ -116,7 +118,8 @@ class Args:
     behavior_batch_size: int = 2048
     """Transitions per update of the behaviour model."""
     reuse: str | None = None
-    """Folder <out>/srpo/<env> of another run: take critic and behaviour model of the same seed from it."""
+    """Folder <out>/srpo/<env> of another run: take critic and behaviour model of the same seed, as long as it trained
+    them, and train only the policy."""
     gamma: float = 0.99
     """Discount."""
     lr: float = 3e-4
@@ -458,19 +461,22 @@ class SRPO:
         return self.actor(obs)
 
     def reuse(self, folder, seed):
-        """Take critic and behaviour model from the checkpoint that a run of this script left for the same seed."""
+        """Take critic, behaviour model and their numbers of updates from a run of this script with the same seed."""
         folder = Path(folder) if Path(folder).name == f"seed{seed}" else Path(folder) / f"seed{seed}"
         checkpoint, theirs = load_checkpoint(folder, self.args.device), saved_args(folder, Args)
         if not (folder / Path(__file__).name).exists() or not {"critic", "behavior"} <= set(checkpoint["done"]):
             raise UserError(f"--reuse {folder}: no run of srpo.py with finished critic and behaviour model")
-        fixed = ["env", "gamma", "tau", "expectile", "hidden", "behavior_hidden", "behavior_batch_size", "dropout"]
-        fixed += ["weight_decay", "scale_rewards", "reward_offset", "obs_dim", "action_dim"]
+        fixed = ["env", "gamma", "lr", "tau", "expectile", "hidden", "behavior_hidden", "behavior_batch_size"]
+        fixed += ["dropout", "weight_decay", "scale_rewards", "reward_offset", "obs_dim", "action_dim"]
         theirs, ours = theirs | checkpoint["dims"], vars(self.args) | vars(self.data)
         changed = [f"{name.replace('_', '-')} {theirs[name]}" for name in fixed if theirs[name] != ours[name]]
         if changed:
             raise UserError(f"--reuse {folder}: made with {', '.join(changed)}, unlike this run")
         parts = ("critic", "value", "critic_target", "behavior")
         set_state({name: self.state[name] for name in parts}, checkpoint["learner"])
+        self.args.critic_steps, self.args.behavior_steps = theirs["critic_steps"], theirs["behavior_steps"]
+        print(f"note: critic after {theirs['critic_steps']:,} and behaviour model after {theirs['behavior_steps']:,} "
+              f"updates from {folder}; --critic-steps and --behavior-steps do nothing")  # fmt: skip
 
 
 # The 2-D experiments (Sec. 3, App. A): behaviour is a 2-D density, Q(a) = -|a - target|^2 is known, and in place of an
@@ -570,16 +576,15 @@ def main():
     data = data.to(args.device)
     learners = [(BanditSRPO if is_bandit else SRPO)(args, data, seed) for seed in args.seed]
     if args.reuse:
-        args.critic_steps = args.behavior_steps = 0
         for learner, seed in zip(learners, args.seed):
             learner.reuse(args.reuse, seed)
     run = Run(args, learners, data, __file__, PUBLISHED.get(args.env), PROTOCOL)
 
     update = capture(learners, "critic_update")
-    for _ in run.updates("critic", args.critic_steps):
+    for _ in run.updates("critic", 0 if args.reuse else args.critic_steps):
         update()
     update = capture(learners, "behavior_update")
-    for _ in run.updates("behavior", args.behavior_steps):
+    for _ in run.updates("behavior", 0 if args.reuse else args.behavior_steps):
         update()
     update = capture(learners, "policy_update")
     for _ in run.updates("policy", args.steps, evaluate=True):
