@@ -676,6 +676,14 @@ def test_targets_move_at_every_second_update():
     assert torch.allclose(torch.cat([q.flatten() for q in learner.targets]), torch.tensor(0.394229), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["actor", "critic", "bdm"])
+def test_each_network_learns_at_its_own_rate(name):
+    learner = make_learner(**dict(actor_lr=0.0, critic_lr=0.0, bdm_lr=0.0) | {f"{name}_lr": 1e-3})
+    before = {net: flat(getattr(learner, net)) for net in ("actor", "critic", "bdm")}
+    learner.update()
+    assert [net for net in before if not torch.equal(flat(getattr(learner, net)), before[net])] == [name]
+
+
 def test_sbc_leaves_the_critics_alone_and_learns_the_bdm():
     learner = make_learner(sbc_only=True)
     before = {name: flat(getattr(learner, name)) for name in ("actor", "critic", "critic_target", "bdm", "bdm_target")}
