@@ -22,6 +22,10 @@ data's actions but, through the model, the states that followed in the data.
     state       L_s = E eta_i |eps'(x_i(s_f), s, pi(s), i) - n|^2,  s_f from the data's future of s    Alg. 2
     actor       L = -E Q1(s, pi(s)) / mean |Q1| + w_a L_a + c_s L_s                                    Alg. 2
 
+Where: Sec. 4.2's x_i in `noised`; Alg. 1 in `bdm_step`: a' `next_action`, s_f `reverse_chain`, L_1, L_2 and L
+`bdm_loss`; Alg. 2 (App. A, eq. 1) in `actor_step`: L_a, L_Q and L there, s_f `Futures.draw`, L_s `state_loss`, eta_i
+(Lemma) `level_weights`; ReBRAC's target `critic_targets`; draws from d (Sec. 4.2) `sample_futures`; App. B `table3`.
+
 Everything trains together. Critics and BDM learn in every update; the actor and all targets (', rate tau) in every
 second. To act: pi(s). States are z-scored, since the chain starts from N(0, I).
 
@@ -505,7 +509,7 @@ class BDM:
                 len(self.data.rows), (self.args.batch_size,), device=self.generator.device, generator=self.generator
             )
             batch = self.data.split(self.data.rows[index])
-            next_action = self.next_action(batch)
+            next_action = self.next_action(batch) if self.has_critic or self.has_bdm else None
             if self.has_critic:
                 self.critic_step(batch, next_action)
             if self.has_bdm:
