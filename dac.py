@@ -10,15 +10,18 @@ Official code: github.com/Fang-Lin93/DAC, commit e254357.
 
 The improved policy pi* ~ pi_b exp(Q / eta) is a diffusion model whose score, at every noise level, is the data's score
 plus grad Q / eta. So one noise predictor, trained by regression, is the policy: no model of the behaviour policy, no
-gradient through the denoising chain.
+gradient through the denoising chain. (Exact at t = 0 only: the score of noised pi* has log E[exp(Q(a) / eta) | x_t]
+in the place of Q(x_t) / eta. What it samples is greedier than pi*: tests/benchmarks/claim_dac.py.)
 
-    noised      x_t = sqrt(abar_t) a + w_t eps,  w_t = sqrt(1 - abar_t),  t uniform in 1..T
-    regression  eps*(x_t, s, t) = eps - w_t g / (2 eta)                                    Eq. 14, 15; Theorems 1, 2
-    gradient    g = grad_x mean_h Q_h(s, x) at x = x_t, divided by E |Q_h(s, a)|, a from the data       Eq. 19
-    actor       L_A = eta E |eps_theta(x_t, s, t) - eps|^2 + E w_t g . eps_theta(x_t, s, t)             Eq. 16
-    dual        eta <- eta + alpha_eta (E |eps_theta - eps|^2 - b)                                      Alg. 1, line 11
-    critic      L_C = E (r + gamma Q_LCB(s', a') - Q_h(s, a))^2,  a' from the target actor,  h = 1..H    Eq. 18
-                Q_LCB = mean_h Q_h - rho std_h Q_h, of the target critics
+    noised      x_t = sqrt(abar_t) a + w_t eps,  w_t = sqrt(1 - abar_t),  t uniform in 1..T             noise_schedule
+    regression  eps*(x_t, s, t) = eps - w_t g / (2 eta), the minimum of L_A                Eq. 14, 15; Theorems 1, 2
+    gradient    g = grad_x mean_h Q_h(s, x) at x = x_t, divided by E |Q_h(s, a)|, a from the data  Eq. 19, q_gradient
+    actor       L_A = eta E |eps_theta(x_t, s, t) - eps|^2 + E w_t g . eps_theta(x_t, s, t)
+                                                                           Eq. 16, denoising_loss and guidance_loss
+    dual        eta <- eta + alpha_eta (E |eps_theta - eps|^2 - b)
+    critic      L_C = E (r + gamma Q_LCB(s', a') - Q_h(s, a))^2,  a' from the target actor,  h = 1..H
+                Q_LCB = mean_h Q_h - rho std_h Q_h, of the target critics                         Eq. 18, lcb_target
+    Algorithm 1 lines 3, 12: update;  4 to 7, 13: critic_step (4: denoise);  8 to 11: actor_step
 
 "Soft" guidance fades with the noise: w_t g. The ablations: "hard", g alone; "denoised", no g but grad Q at the end of
 the denoising chain, through the chain. To act: denoise 10 actions, take the one with the largest mean target Q.
@@ -39,8 +42,8 @@ Differences between paper, official code and this file (which follows the code u
     --no-clip-denoised. With T = 5 this shrinks the spread of the data: 0.2 becomes 0.114.
  9. Gradients are clipped to norm 1 (all critics together) and both learning rates fall to zero along a cosine;
     neither is in Alg. 1: --lr-decay-steps.
-10. Between 2024-05-28 and 2024-06-02 the code divided rho by sqrt(H) and used 1e-3 for the critic on four AntMaze sets;
-    the table below is that of the last commit: --rho, --critic-lr.
+10. Between 2024-05-28 and 2024-06-02 the code divided rho by sqrt(H) and used 1e-3 for the critic on three more AntMaze
+    sets; the table below is that of the last commit: --rho, --critic-lr.
 11. AntMaze is the v0 data with rewards 0 and 1000: the code scales by the range of returns there too, without -1.
 12. The code draws batches without replacement; here with.
 13. Bandits: the code has 800 (moons, circles: 400) actions whose reward noise is new at each visit; here 10,000 with

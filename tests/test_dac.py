@@ -218,7 +218,7 @@ def test_normaliser():
     critic = Critic(4, 1, 1, 16).requires_grad_(False)
     gradient, scale = q_gradient(critic, obs, action, x)
     times_1000, _ = q_gradient(lambda obs, action: 1000 * critic(obs, action), obs, action, x)
-    assert torch.allclose(gradient, times_1000, rtol=1e-4)
+    assert torch.allclose(gradient, times_1000, rtol=1e-4, atol=1e-4)  # EPS is 4e-5 of this scale
     assert torch.equal(q_gradient(critic, obs, action, x + 1)[1], scale)
     step = 1e-2
     slope = (critic(obs, x + step) - critic(obs, x - step)).mean(0) / (2 * step) / scale
@@ -393,7 +393,7 @@ def test_affine_actor_learns_the_guided_gaussian():
 
 
 def test_dual_equilibrium():
-    _, etas = train_affine_actor([1.0, 1.0], 3000, eta_lr=0.002)
+    _, etas = train_affine_actor([1.0, 1.0], 4000, eta_lr=0.002)
     assert np.mean(etas[-200:]) == pytest.approx(0.4295, abs=0.01)
 
 

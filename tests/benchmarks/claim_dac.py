@@ -1,0 +1,259 @@
+"""DAC's claims where the answer is known: what the noise regression samples, and soft against hard guidance.
+
+    python tests/benchmarks/claim_dac.py        # about 8 CPU-minutes; figures/dac.png, results/claim_dac.json
+
+Part A, Theorems 1 and 2: noise regression with the target eps - w_t grad Q(x_t) / eta gives a diffusion model of
+pi* ~ mu exp(Q / eta). Here mu is a mixture of two Gaussians and Q is linear, so pi* is again such a mixture. Compared
+with it, in total variation (TV) and in the mass of the right mode:
+  - "right score": the exact predictor of noised pi*, sampled by `denoise`. Its error is that of T steps alone.
+  - "Eq. 15": the exact fixed point of the regression, data score + grad Q(x_t) / eta. The theorem takes this for the
+    score of noised pi*, which is data score + grad_x log E[exp(Q(a) / eta) | x_t]. They agree at t = 0 only.
+  - "learnt": the script's Actor trained by its actor_step with --guidance-scale 2 (that is Eq. 15) and a fixed eta.
+The learnt actor can at best be Eq. 15's fixed point. For Gaussian data and linear Q both means are known: pi* moves by
+std^2 / eta, the fixed point by K times that.
+Part B, the bandit with three Gaussians: soft guidance stays on the data, hard and denoised guidance leave it. The three
+share seeds, trained critics and the dual ascent's b = 1.3; beside them the exact fixed points with the true gradient,
+for all strengths, because a comparison at one b or eta also compares strengths.
+Smaller than the script's bandits: critics first (every row is terminal), 1,500 updates with larger steps, T = 20.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from common import Batch  # noqa: E402
+from dac import BANDIT, DAC, OPTIMUM, Args, bandit, denoise, noise_schedule  # noqa: E402
+
+TESTS, SEEDS = Path(__file__).parents[1], (0, 1, 2)
+ETAS, MEANS, WEIGHTS, STD = (2.0, 0.5), torch.tensor([[-0.5], [0.5]]), torch.tensor([0.7, 0.3]), 0.2
+SAMPLERS = {5: 1.0, 50: None}  # T, and the cut of x_0: the paper's and the bandits'
+EDGES = torch.linspace(-1.6, 1.6, 41)
+CENTERS, GUIDANCE, BANDIT_T = torch.tensor([[-0.6, 0.6], [0.4, 0.4], [-0.4, -0.4]]), ("soft", "hard", "denoised"), 20
+
+
+def mixture_noise(means, weights, std, steps, guide=lambda x, w: 0.0):
+    """The exact noise predictor of a mixture of Gaussians, less `guide(x_t, w_t)`."""
+
+    def net(x, obs, t):
+        alpha_bar = noise_schedule(steps)[1][int(t)]
+        var, w = alpha_bar * std**2 + 1 - alpha_bar, math.sqrt(1 - alpha_bar)
+        pull = math.sqrt(alpha_bar) * means - x[:, None]  # [n, modes, A]
+        mode = (weights.log() - pull.square().sum(-1) / (2 * var)).softmax(-1)
+        return -w * (mode[..., None] * pull).sum(1) / var - guide(x, w)
+
+    return net
+
+
+def draw(net, n, dim, steps, clip):
+    with torch.no_grad():
+        return denoise(net, torch.zeros(n, 1), dim, steps, torch.Generator().manual_seed(0), clip)
+
+
+def tilted(eta):
+    """Means and weights of pi*: each mode moves by std^2 / eta and gains a factor exp(mean / eta)."""
+    weights = WEIGHTS * torch.exp(MEANS[:, 0] / eta)
+    return MEANS + STD**2 / eta, weights / weights.sum()
+
+
+def masses(eta):
+    """Mass of pi* in each bin."""
+    means, weights = tilted(eta)
+    return (weights @ torch.distributions.Normal(means, STD).cdf(EDGES)).diff()
+
+
+def histogram(action):
+    inside = action.flatten().clamp(EDGES[0] + 1e-4, EDGES[-1] - 1e-4)
+    return torch.histogram(inside, EDGES).hist / len(inside)
+
+
+def describe(action, eta):
+    tv = 0.5 * (histogram(action) - masses(eta)).abs().sum()
+    return dict(mean=action.mean().item(), std=action.std().item(), right=(action > 0).float().mean().item(),
+                tv=tv.item())  # fmt: skip
+
+
+def effective_eta(action):
+    """The eta whose pi* is nearest to the samples, and how near: total variation."""
+    etas = torch.logspace(-1.5, 1, 101)
+    tv = torch.stack([0.5 * (histogram(action) - masses(eta)).abs().sum() for eta in etas])
+    return etas[tv.argmin()].item(), tv.min().item()
+
+
+def fixed_point(eta, steps, n=50_000):
+    net = mixture_noise(MEANS, WEIGHTS, STD, steps, lambda x, w: w / eta)
+    return draw(net, n, 1, steps, SAMPLERS[steps])
+
+
+def shift_factor(std, steps):
+    """K: how far the fixed point moves the mean of N(0, std^2), over the std^2 / eta of pi*; the sampler is linear."""
+    net = mixture_noise(torch.zeros(1, 1), torch.ones(1), std, steps)
+    guided = mixture_noise(torch.zeros(1, 1), torch.ones(1), std, steps, lambda x, w: w)
+    return (draw(guided, 1, 1, steps, None) - draw(net, 1, 1, steps, None)).item() / std**2
+
+
+def sample_mixture(n, generator):
+    mode = torch.multinomial(WEIGHTS, n, replacement=True, generator=generator)
+    action, zeros = MEANS[mode] + STD * torch.randn(n, 1, generator=generator), torch.zeros(n, 1)
+    return Batch(zeros, action, zeros[:, 0], zeros, action, zeros[:, 0])
+
+
+def train_on_mixture(eta, steps, seed, updates=1_000):
+    """The script's actor on its own path; Q(a) = 1.2 + a has E |Q| = 1, so that Eq. 19's scale is 1."""
+    args = Args(device="cpu", eta=eta, eta_lr=0.0, guidance_scale=2.0, diffusion_steps=steps, batch_size=512,
+                clip_denoised=SAMPLERS[steps] is not None, hidden=64, lr=3e-3, steps=updates)  # fmt: skip
+    data = SimpleNamespace(obs_dim=1, action_dim=1, max_action=1.0, sample=sample_mixture)
+    learner = DAC(args, data, seed)
+    learner.critic_target = lambda obs, action: 1.2 + action.T
+    learner.critic_step = lambda batch: None
+    for _ in range(updates // args.actor_ema_every):
+        learner.update()
+    with torch.no_grad():
+        return learner.sample_actions(learner.actor, torch.zeros(20_000, 1), learner.generator)
+
+
+def part_a():
+    print("A  data 0.7 N(-.5, .2^2) + 0.3 N(.5, .2^2), Q(a) = a; right: mass of the right mode; TV: distance to pi*")
+    table, samples = [], {}
+    for steps in SAMPLERS:
+        for eta in ETAS:
+            means, weights = tilted(eta)
+            mean = (weights @ means).item()
+            right = 1 - torch.distributions.Normal(means, STD).cdf(torch.zeros(1))
+            std = (STD**2 + weights @ (means - mean) ** 2).sqrt()
+            exact = dict(mean=mean, std=std.item(), tv=0.0, right=(weights @ right).item())
+            right_score = draw(mixture_noise(means, weights, STD, steps), 50_000, 1, steps, SAMPLERS[steps])
+            point = fixed_point(eta, steps)
+            learnt = [train_on_mixture(eta, steps, seed) for seed in SEEDS]
+            samples[steps, eta] = point, learnt
+            row = dict(T=steps, eta=eta, pi_star=exact, right_score=describe(right_score, eta),
+                       fixed_point=describe(point, eta), learnt=[describe(action, eta) for action in learnt],
+                       learnt_to_fixed_point=[0.5 * (histogram(action) - histogram(point)).abs().sum().item()
+                                              for action in learnt],
+                       effective_eta=effective_eta(point))  # fmt: skip
+            table.append(row)
+            print(f"T {steps}, eta {eta}")
+            names = ["pi*, closed form", "right score", "Eq. 15, exact", *(f"learnt, seed {seed}" for seed in SEEDS)]
+            values = [exact, row["right_score"], row["fixed_point"], *row["learnt"]]
+            for name, value in zip(names, values):
+                print(f"   {name:<17}" + "".join(f"  {key} {value[key]:6.3f}" for key in exact))
+            close = ", ".join(f"{tv:.3f}" for tv in row["learnt_to_fixed_point"])
+            print(f"   TV of learnt to Eq. 15: {close}", end="; ")
+            print("Eq. 15 is nearest to pi* of eta {:.2f} (TV {:.3f})".format(*row["effective_eta"]), flush=True)
+    factors = {std: {steps: shift_factor(std, steps) for steps in (5, 50, 1_000)} for std in (0.1, 0.2, 0.5, 1.0)}
+    print("K: shift of the mean of Gaussian data under Eq. 15 over that of pi* (1 if the theorem were exact)")
+    for std, row in factors.items():
+        print(f"   std {std}: " + ", ".join(f"T {steps} {factor:.2f}" for steps, factor in row.items()))
+    return dict(table=table, shift_factors=factors), samples
+
+
+def score_bandit(action):
+    distance = (action - torch.tensor(OPTIMUM)).norm(dim=1).mean().item()
+    nearest = (action[:, None] - CENTERS).norm(dim=2).amin(1)
+    return dict(reward=-distance, inside=(nearest < 0.3).float().mean().item())  # 3 standard deviations
+
+
+def exact_bandit(strength, guidance):
+    def guide(x, w):
+        away = torch.tensor(OPTIMUM) - x  # the true reward's gradient is this, of length 1
+        return strength * (w if guidance == "soft" else 1) * away / away.norm(dim=1, keepdim=True)
+
+    return draw(mixture_noise(CENTERS, torch.ones(3) / 3, 0.1, BANDIT_T, guide), 4_000, 2, BANDIT_T, None)
+
+
+def part_b(updates=2_000):
+    print("B  bandit-3gaussians; inside: within 3 standard deviations of a centre (the data: 0.989)")
+    data, runs, samples = bandit("bandit-3gaussians"), {name: [] for name in GUIDANCE}, {}
+    for seed in SEEDS:
+        for name in GUIDANCE:
+            steps = updates // 2 if name == "denoised" else updates
+            settings = dict(diffusion_steps=BANDIT_T, batch_size=512, lr=3e-3, steps=steps, guidance=name)
+            learner = DAC(Args(env=data.name, device="cpu", **BANDIT | settings), data, seed)
+            learner.critic_target = lambda obs, action: -(action - torch.tensor(OPTIMUM)).norm(dim=1)[None]
+            learner.critic_step = lambda batch: None
+            for _ in range(steps // learner.args.actor_ema_every):
+                learner.update()
+            with torch.no_grad():
+                action = learner.sample_actions(learner.actor, torch.zeros(2_000, 1), learner.generator)
+            runs[name].append(score_bandit(action) | dict(eta=learner.eta.item()))
+            samples.setdefault(name, action)
+            result = ", ".join(f"{key} {value:.3f}" for key, value in runs[name][-1].items())
+            print(f"   seed {seed}, {name:<8}  {result}", flush=True)
+    strengths = torch.logspace(-1, 1, 17).tolist()
+    exact = {name: [score_bandit(exact_bandit(k, name)) for k in strengths] for name in ("soft", "hard")}
+    unguided = score_bandit(exact_bandit(0.0, "soft"))
+    print("   exact fixed points, true gradient: unguided reward {reward:.3f}, inside {inside:.3f}".format(**unguided))
+    best = {level: {name: max(row["reward"] for row in rows if row["inside"] >= level) for name, rows in exact.items()}
+            for level in (0.95, 0.9, 0.75, 0.5)}  # fmt: skip
+    for level, rewards in best.items():
+        print(f"   best reward with {level:.0%} inside: soft {rewards['soft']:.3f}, hard {rewards['hard']:.3f}")
+    return dict(runs=runs, strengths=strengths, exact=exact, unguided=unguided, best_reward_inside=best), samples, data
+
+
+def plot(a, mixtures, b, bandits, data, path):
+    figure = Figure(figsize=(13, 6.8), layout="constrained")
+    axes, middle, width = figure.subplots(2, 4), (EDGES[1:] + EDGES[:-1]) / 2, EDGES.diff()
+    for panel, (steps, eta) in zip(axes[0], ((50, 2.0), (50, 0.5), (5, 2.0))):
+        point, learnt = mixtures[steps, eta]
+        panel.fill_between(middle, masses(math.inf) / width, color="0.85", label="data")
+        panel.plot(middle, masses(eta) / width, "k--", label="pi*, claimed")
+        panel.plot(middle, histogram(point) / width, "C0", lw=2, label="Eq. 15, exact")
+        for i, action in enumerate(learnt):
+            panel.plot(middle, histogram(action) / width, "C3", lw=0.8, label=None if i else "learnt, 3 seeds")
+        panel.set(title=f"eta = {eta:g}, T = {steps}", xlabel="action", xlim=(-1.3, 1.6), yticks=[])
+    axes[0, 0].legend(loc="upper left", fontsize=9)
+    panel, etas = axes[0, 3], torch.logspace(1, -0.6, 17).tolist()
+    panel.plot([1 / eta for eta in etas], [tilted(eta)[1][1] for eta in etas], "k--", label="pi*, claimed")
+    for steps, style in zip(SAMPLERS, ("C0:", "C0-")):
+        right = [describe(fixed_point(eta, steps, 10_000), eta)["right"] for eta in etas]
+        panel.plot([1 / eta for eta in etas], right, style, label=f"Eq. 15, T = {steps}")
+    for i, row in enumerate(a["table"]):
+        marker = dict(
+            marker="ox"[row["T"] == 5],
+            s=25,
+            color="C3",
+            label=f"learnt, T = {row['T']}" if i % len(ETAS) == 0 else None,
+        )
+        panel.scatter([1 / row["eta"]] * len(SEEDS), [run["right"] for run in row["learnt"]], zorder=3, **marker)
+    panel.set(title="mass of the right mode", xlabel="1 / eta", xscale="log", ylim=(0.25, 1.02))
+    panel.legend(loc="lower right", fontsize=9)
+    for panel, name in zip(axes[1], GUIDANCE):
+        panel.scatter(*data.action[:1_500].T, s=2, color="0.75")
+        panel.scatter(*bandits[name][:500].T, s=3, color="C3")
+        panel.plot(*OPTIMUM, "k*", markersize=11)
+        inside = ", ".join(f"{run['inside']:.0%}" for run in b["runs"][name])
+        panel.set(title=f"{name}: {inside} on data", aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
+    panel = axes[1, 3]
+    for name, color in zip(GUIDANCE, ("C0", "C1", "C2")):
+        if name in b["exact"]:
+            panel.plot(
+                *zip(*((row["reward"], row["inside"]) for row in b["exact"][name])), color, label=f"{name}, exact"
+            )
+        panel.scatter(*zip(*((run["reward"], run["inside"]) for run in b["runs"][name])), color=color, zorder=3,
+                      s=25, label=f"{name}, learnt")  # fmt: skip
+    panel.set(title="weak to strong guidance", xlabel="reward", ylabel="part of actions on data")
+    panel.legend(loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=75)
+
+
+def main():
+    torch.set_num_threads(1)
+    a, mixtures = part_a()
+    b, bandits, data = part_b()
+    plot(a, mixtures, b, bandits, data, TESTS / "figures" / "dac.png")
+    seconds = round(time.process_time())
+    about = dict(
+        command="python tests/benchmarks/claim_dac.py", seeds=SEEDS, cpu_seconds=seconds, torch=torch.__version__
+    )
+    (TESTS / "results" / "claim_dac.json").write_text(json.dumps(about | dict(a=a, b=b), indent=1))
+    print(f"{seconds} CPU-seconds")
+
+
+if __name__ == "__main__":
+    main()
