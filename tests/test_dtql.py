@@ -1,5 +1,6 @@
 """DTQL against numbers with known answers: closed forms, quadrature, and hand-made networks."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -199,6 +200,9 @@ def test_kl_gradient():
     assert gradient.flatten().tolist() == pytest.approx([0.125, 0.125, 0.2 / 0.45 / 4, 0.2 / 0.45 / 4], abs=1e-3)
     real = gaussian(0.2, 0.0625)  # both see the same noisy point, so equal denoisers give no gradient at all
     assert torch.autograd.grad(kl_loss(real, real, obs, action, generator()), action)[0].abs().max() == 0
+    action, real = torch.ones(2, 2, requires_grad=True), network_of(lambda x, sigma: torch.full_like(x, 5.0))
+    loss = kl_loss(real, real, obs, action, generator(), clip=1.0)  # w = 0: all three sit on the edge of the box
+    assert torch.autograd.grad(loss, action)[0].abs().max() == 0
 
 
 @pytest.mark.parametrize("p, tau, v", [(0.5, 0.7, 0.7), (0.5, 0.9, 0.9), (0.2, 0.9, 0.6923), (0.2, 0.7, 0.3684)])
@@ -228,10 +232,12 @@ def test_critic_losses_by_hand():
     batch = random_batch(size=4)._replace(terminal=torch.tensor([0.0, 0.0, 1.0, 1.0]))
     q = torch.tensor([[1.0, -1.0, 2.0, 0.0], [3.0, -2.0, 1.0, 0.5]])
     value, next_value = learner.value(batch.obs).detach(), learner.value(batch.next_obs).detach()
-    learner.critic.forward = lambda obs, action: q
+    learner.critic.forward, before = lambda obs, action: q, copy.deepcopy(learner.value)
     learner.critic_step(batch)
     seen, u = learner.metrics.read(), torch.minimum(q[0], q[1]) - value
     target = batch.reward + 0.9 * (1 - batch.terminal) * next_value
+    alone = torch.autograd.grad(expectile_loss(q.amin(0) - before(batch.obs), 0.7), before.parameters())
+    assert all(torch.allclose(a, p.grad) for a, p in zip(alone, learner.value.parameters()))  # the target is fixed
     assert seen["value_loss"] == pytest.approx((torch.where(u > 0, 0.7, 0.3) * u**2).mean().item(), rel=1e-5)
     assert seen["critic_loss"] == pytest.approx((q - target).square().mean(1).sum().item(), rel=1e-5)
 
@@ -329,6 +335,20 @@ def test_target_moves_every_update_and_rests_in_the_head_start():
     assert not same(actor, learner.actor)
 
 
+@pytest.mark.parametrize("clip_denoised, clip", [(True, 2.0), (False, None)])
+def test_an_update_is_algorithm_1(monkeypatch, clip_denoised, clip):
+    learner, seen = with_batch(make_learner(max_action=2.0, clip_denoised=clip_denoised), random_batch()), []
+    for name in ("critic_step", "behavior_step", "actor_step"):
+        step = getattr(learner, name)
+        setattr(learner, name, lambda batch, name=name, step=step: (seen.append(name), step(batch)))
+    loss = dtql.denoising_loss
+    spy = lambda net, obs, action, g, clip=None: seen.append((net, clip)) or loss(net, obs, action, g, clip)
+    monkeypatch.setattr(dtql, "denoising_loss", spy)
+    learner.update()
+    model = (learner.behavior, clip)
+    assert seen == ["critic_step", "behavior_step", model, "actor_step", model]
+
+
 def test_learning_rates():
     learner = with_batch(make_learner(lr=1e-4, lr_decay=True, steps=8, behavior_reg="kl"), random_batch())
     names = ["critic_opt", "behavior_opt", "actor_opt", "fake_opt"]
@@ -365,6 +385,7 @@ def test_structure():
     assert count(learner.behavior) == 50_894
     kinds = [type(layer).__name__ for layer in learner.behavior.net]
     assert kinds == ["Linear", "Linear", "Mish", "Linear", "Mish", "Linear", "Mish", "Linear"]
+    assert learner.behavior.freqs.tolist() == pytest.approx([1, 1e-4])
     square = learner.actor.net[2]
     assert torch.allclose(square.weight @ square.weight.T, torch.eye(256), atol=1e-5) and not square.bias.any()
 
