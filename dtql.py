@@ -10,15 +10,19 @@ Official code: github.com/TianyuCodings/Diffusion_Trusted_Q_Learning, commit 9a2
 A diffusion model mu of the behaviour policy is trained but never sampled: its denoising loss, taken at the action of a
 one-step policy pi, says how far that action is from the data, and so draws a trust region in which pi climbs Q.
 
-    behaviour   L(mu)  = E w(sigma) |mu(a + sigma n, sigma | s) - a|^2,  a from the data              Eq. 2
-    value       L_V    = E |tau - 1(u < 0)| u^2,  u = min(Q1, Q2)(s, a) - V(s)                        Eq. 6
-    critic      L_Q    = E (r + gamma V(s') - Q_i(s, a))^2                                            Eq. 7
-    trust       L_TR   = E w(sigma) |mu(a_pi + sigma n, sigma | s) - a_pi|^2,  a_pi ~ pi(s)           Eq. 4
-    actor       L_pi   = alpha L_TR - E min(Q1, Q2)(s, a_pi) - w_nll E log pi(a | s)                  Eq. 5
-    ablation    L_KL   = KL(pi || mu), from a second diffusion model of pi's own actions              Eq. 8, Alg. 2
+    behaviour  L(mu) = E w(sigma) |mu(a + sigma n, sigma | s) - a|^2,  a from the data     Eq. 2  denoising_loss
+    value      L_V   = E |tau - 1(u < 0)| u^2,  u = min(Q1, Q2)(s, a) - V(s)               Eq. 6  expectile_loss
+    critic     L_Q   = E (r + gamma V(s') - Q_i(s, a))^2                                   Eq. 7  critic_step
+    trust      L_TR  = E w(sigma) |mu(a_pi + sigma n, sigma | s) - a_pi|^2,  a_pi ~ pi(s)  Eq. 4  denoising_loss
+    actor      L_pi  = alpha L_TR - E min(Q1, Q2)(s, a_pi) - w_nll E log pi(a | s)         Eq. 5  actor_step
+    ablation   L_KL  = KL(pi || mu), from a second diffusion model of pi's own actions     Eq. 8  kl_loss
 
-Each iteration (Alg. 1): critic and value, behaviour, actor, target critic. The behaviour model and the critics have a
-head start of 50,000 updates. To act: draw 1024 actions from pi, pick one with probability softmax(target Q).
+Each iteration (Alg. 1, `update`): critic and value, behaviour, actor, target critic. The behaviour model and the
+critics have a head start of 50,000 updates (`pretrain`). To act (App. D, `act`): draw 1024 actions from pi, pick one
+with probability softmax(target Q). App. B: ln(sigma) in `sample_sigma`, c_skip, c_out, c_in, c_noise in `denoise`,
+w = 1 / c_out^2. App. C: Alg. 2 is `pretrain`, `start_from_behavior`, `kl_loss`, and the fake model in `actor_step`.
+Sec. 2.4: `nll_loss`. Eq. 1 is Eq. 2 without states, 10 is Eq. 4 in terms of noise and 11 its gradient, 12 is Eq. 8;
+3 (the bound that L_TR maximises) and 9 (SDS, not used) only argue.
 
 Differences between paper, official code and this file (which follows the code unless a flag is named):
  1. The paper sums the squared error of Eq. 2 and 4 over action dimensions; code and this file average. alpha in Table 4
@@ -28,14 +32,20 @@ Differences between paper, official code and this file (which follows the code u
  4. Eq. 7 prints gamma r and no terminal; code and this file use r + gamma (1 - terminal) V(s').
  5. The code's critic learns at 3e-4 on every dataset, whatever Table 4 says of the rest: --critic-lr.
  6. The likelihood term is the density of atanh(a / 1.001) before the tanh, without its Jacobian (constant in theta).
- 7. V and the actor use the online critics; the target critic is read only to choose among the 1024 candidates.
- 8. The denoiser has five linear layers of which the first has no activation; Q has LayerNorm, V has not.
+ 7. V and the actor use the online critics; the target critic is read only to choose among the 1024 candidates. The
+    head start trains V too, and leaves the target critic alone.
+ 8. The denoiser has five linear layers of which the first has no activation; Q has LayerNorm, V has not. The actor
+    has three hidden layers and a head, orthogonal weights, and log std cut to [-5, 2].
  9. Learning-rate decay, where Table 4 says so, is a cosine to zero for all three optimisers after the head start.
 10. AntMaze-v2 medium and large run 500,000 updates in Table 4, 300,000 to 400,000 in the code: the paper's here.
 11. The code keeps an averaged actor that nothing reads, and resets the environment before every update: both dropped.
 12. KL ablation: Alg. 2 freezes mu and has no Q; the code trains mu on and maximises Q, as here. Its generator calls
     the raw network at noise level 2.5 and leaves actions unbounded. |a - mu| in its weight is kept above 1e-8 here.
-13. Bandits: the code takes all 10,000 points as one batch; here 512 are drawn per update (--batch-size 10000).
+13. Bandits: the code takes all 10,000 points as one batch; here 512 are drawn per update (--batch-size 10000). Its
+    weight is on Q, 5 for the trust region in swissroll-far and else 1: --alpha 0.2. Three of the five published
+    pictures of the trust region are of seed 2.
+14. Sec. 4.3 says that EDM breaks the condition of Theorem 1. So it is with EDM's log-normal sigma; with App. B's,
+    as in the code and here, the condition holds: up to a constant L_TR = -2 E log p(a + sigma n), p the noised data.
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
 `Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; the README has 20 lines.

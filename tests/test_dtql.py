@@ -1,5 +1,6 @@
 """DTQL against numbers with known answers: closed forms, quadrature, and hand-made networks."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -192,13 +193,16 @@ def test_trust_region_seeks_the_mode_and_kl_matches_the_distribution(reg, std_lo
 
 
 def test_kl_gradient():
-    """Constant denoisers .1 and .3 at a = (.5, -.3): w = .4, gradient (.3 - .1) / .4 / 2 = .25 in each entry."""
+    """Denoisers .1 and .3 at a = (.5, -.3) and (.2, .9): w = .4 and .45, gradient (.3 - .1) / w / 4 in each entry."""
     real, fake = (network_of(lambda x, sigma, c=c: torch.full_like(x, c)) for c in (0.1, 0.3))
-    action = torch.tensor([[0.5, -0.3]], requires_grad=True)
-    gradient = torch.autograd.grad(kl_loss(real, fake, torch.zeros(1, 1), action, generator()), action)[0]
-    assert gradient.tolist()[0] == pytest.approx([0.25, 0.25], abs=1e-3)  # float32 through the preconditioning
-    gradient = torch.autograd.grad(kl_loss(real, real, torch.zeros(1, 1), action, generator()), action)[0]
-    assert gradient.abs().max() == 0
+    action, obs = torch.tensor([[0.5, -0.3], [0.2, 0.9]], requires_grad=True), torch.zeros(2, 1)
+    gradient = torch.autograd.grad(kl_loss(real, fake, obs, action, generator()), action)[0]
+    assert gradient.flatten().tolist() == pytest.approx([0.125, 0.125, 0.2 / 0.45 / 4, 0.2 / 0.45 / 4], abs=1e-3)
+    real = gaussian(0.2, 0.0625)  # both see the same noisy point, so equal denoisers give no gradient at all
+    assert torch.autograd.grad(kl_loss(real, real, obs, action, generator()), action)[0].abs().max() == 0
+    action, real = torch.ones(2, 2, requires_grad=True), network_of(lambda x, sigma: torch.full_like(x, 5.0))
+    loss = kl_loss(real, real, obs, action, generator(), clip=1.0)  # w = 0: all three sit on the edge of the box
+    assert torch.autograd.grad(loss, action)[0].abs().max() == 0
 
 
 @pytest.mark.parametrize("p, tau, v", [(0.5, 0.7, 0.7), (0.5, 0.9, 0.9), (0.2, 0.9, 0.6923), (0.2, 0.7, 0.3684)])
@@ -222,11 +226,61 @@ def test_critic_on_a_two_step_mdp():
     assert learner.critic(first[None], action[:1]).mean().item() == pytest.approx(0.99 * 0.7, abs=0.03)
 
 
+def test_critic_losses_by_hand():
+    """V follows the smaller Q; each Q follows r + gamma (1 - terminal) V(s'), and the two errors add."""
+    learner = make_learner(gamma=0.9, expectile=0.7)
+    batch = random_batch(size=4)._replace(terminal=torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    q = torch.tensor([[1.0, -1.0, 2.0, 0.0], [3.0, -2.0, 1.0, 0.5]])
+    value, next_value = learner.value(batch.obs).detach(), learner.value(batch.next_obs).detach()
+    learner.critic.forward, before = lambda obs, action: q, copy.deepcopy(learner.value)
+    learner.critic_step(batch)
+    seen, u = learner.metrics.read(), torch.minimum(q[0], q[1]) - value
+    target = batch.reward + 0.9 * (1 - batch.terminal) * next_value
+    alone = torch.autograd.grad(expectile_loss(q.amin(0) - before(batch.obs), 0.7), before.parameters())
+    assert all(torch.allclose(a, p.grad) for a, p in zip(alone, learner.value.parameters()))  # the target is fixed
+    assert seen["value_loss"] == pytest.approx((torch.where(u > 0, 0.7, 0.3) * u**2).mean().item(), rel=1e-5)
+    assert seen["critic_loss"] == pytest.approx((q - target).square().mean(1).sum().item(), rel=1e-5)
+
+
+def test_actor_loss_by_hand():
+    """alpha L_TR - min Q - w log pi with the online critic."""
+    learner, batch = make_learner(alpha=3.0, nll_weight=0.5), random_batch()
+    learner.critic.forward = lambda obs, action: torch.stack([action[:, 0], -action[:, 0]])
+    learner.critic_target.forward = lambda obs, action: torch.full((2, len(action)), 7.0)
+    nll = learner.nll_loss(batch).item()
+    learner.actor_step(batch)
+    seen = learner.metrics.read()
+    assert -0.9 < seen["actor_q"] < -0.1  # -E|a|
+    assert seen["actor_loss"] == pytest.approx(3 * seen["trust_loss"] - seen["actor_q"] + 0.5 * nll, rel=1e-4)
+
+
 def test_nll():
     learner = make_learner(1, 2)
     learner.actor.forward = lambda obs: (torch.zeros(len(obs), 2), torch.zeros(len(obs), 2))
     batch = random_batch(1, 2, size=4)._replace(action=torch.ones(4, 2))
     assert learner.nll_loss(batch).item() == pytest.approx(2 * 8.1417, abs=2e-3)
+
+
+def test_nll_is_least_at_the_mean_and_std_before_the_tanh():
+    learner, batch = make_learner(1, 2, max_action=2.0), random_batch(1, 2)
+    pre_tanh = torch.atanh(batch.action / 2.001)
+    mean, log_std = pre_tanh.mean(0).requires_grad_(), pre_tanh.std(0, correction=0).log().requires_grad_()
+    learner.actor.forward = lambda obs: (mean.expand(64, 2), log_std.expand(64, 2))
+    for gradient in torch.autograd.grad(learner.nll_loss(batch), [mean, log_std]):
+        assert gradient.abs().max() < 1e-4
+
+
+def test_policy_is_a_bounded_tanh_gaussian():
+    learner = make_learner(1, 2, max_action=2.0)
+    with torch.no_grad():
+        learner.actor.net[-1].bias.copy_(torch.tensor([0.5, -0.5, -9.0, 9.0]))
+    mean, log_std = learner.actor(torch.zeros(1, 1))
+    assert log_std.tolist() == [[-5.0, 2.0]]
+    action = learner.sample_actions(torch.zeros(4000, 1), generator())
+    assert action[:, 0].mean().item() == pytest.approx(2 * math.tanh(0.5), abs=1e-3)
+    assert action[:, 0].std().item() == pytest.approx(2 * math.exp(-5) * (1 - math.tanh(0.5) ** 2), rel=0.05)
+    pre_tanh = torch.atanh(action[:, 1].double() / 2).clamp(-8, 8)
+    assert pre_tanh.median().item() == pytest.approx(-0.5, abs=0.5) and action.abs().max() <= 2
 
 
 def set_candidates(learner, action, q):
@@ -281,17 +335,31 @@ def test_target_moves_every_update_and_rests_in_the_head_start():
     assert not same(actor, learner.actor)
 
 
+@pytest.mark.parametrize("clip_denoised, clip", [(True, 2.0), (False, None)])
+def test_an_update_is_algorithm_1(monkeypatch, clip_denoised, clip):
+    learner, seen = with_batch(make_learner(max_action=2.0, clip_denoised=clip_denoised), random_batch()), []
+    for name in ("critic_step", "behavior_step", "actor_step"):
+        step = getattr(learner, name)
+        setattr(learner, name, lambda batch, name=name, step=step: (seen.append(name), step(batch)))
+    loss = dtql.denoising_loss
+    spy = lambda net, obs, action, g, clip=None: seen.append((net, clip)) or loss(net, obs, action, g, clip)
+    monkeypatch.setattr(dtql, "denoising_loss", spy)
+    learner.update()
+    model = (learner.behavior, clip)
+    assert seen == ["critic_step", "behavior_step", model, "actor_step", model]
+
+
 def test_learning_rates():
-    learner = with_batch(make_learner(lr=1e-4, lr_decay=True, steps=8), random_batch())
-    rates = lambda: [
-        opt.param_groups[0]["lr"].item() for opt in (learner.critic_opt, learner.behavior_opt, learner.actor_opt)
-    ]
+    learner = with_batch(make_learner(lr=1e-4, lr_decay=True, steps=8, behavior_reg="kl"), random_batch())
+    names = ["critic_opt", "behavior_opt", "actor_opt", "fake_opt"]
+    rates = lambda: [getattr(learner, name).param_groups[0]["lr"].item() for name in names]
     learner.pretrain()
-    assert rates() == pytest.approx([3e-4, 1e-4, 1e-4])
+    assert rates() == pytest.approx([3e-4, 1e-4, 1e-4, 1e-4])
     for k in range(1, 9):
         learner.update()
         factor = 0.5 * (1 + math.cos(math.pi * k / 8))
-        assert rates() == pytest.approx([3e-4 * factor, 1e-4 * factor, 1e-4 * factor], abs=1e-10)
+        assert rates() == pytest.approx([rate * factor for rate in (3e-4, 1e-4, 1e-4, 1e-4)], abs=1e-10)
+    names.pop()
     learner = with_batch(make_learner(lr=1e-4), random_batch())
     learner.update()
     assert rates() == pytest.approx([3e-4, 1e-4, 1e-4])
@@ -317,6 +385,7 @@ def test_structure():
     assert count(learner.behavior) == 50_894
     kinds = [type(layer).__name__ for layer in learner.behavior.net]
     assert kinds == ["Linear", "Linear", "Mish", "Linear", "Mish", "Linear", "Mish", "Linear"]
+    assert learner.behavior.freqs.tolist() == pytest.approx([1, 1e-4])
     square = learner.actor.net[2]
     assert torch.allclose(square.weight @ square.weight.T, torch.eye(256), atol=1e-5) and not square.bias.any()
 
@@ -353,6 +422,31 @@ def test_trust_landscape_of_the_25_gaussians(a, loss):
     assert trust_loss(net, a, n=1_000_000)[0] == pytest.approx(loss, rel=0.02)
 
 
+def test_25_gaussians_with_reward_move_the_best_action_out_of_the_mode():
+    """min L_TR - |a| on the diagonal is at (10.185, 10.185): there each coordinate's slope is 2 / sqrt(2)."""
+    net = mixture([-10.0, -5.0, 0.0, 5.0, 10.0], [0.2] * 5, 0.09)
+    assert trust_loss(net, 10.185, n=1_000_000)[1] == pytest.approx(2**0.5, rel=0.08)
+
+
+def test_kl_ablation_calls_its_networks_as_the_official_code(monkeypatch):
+    """The generator gets noise of scale 2.5 and level 2.5; the fake model learns, detached, the actor's own actions."""
+    learner, batch, seen = make_learner(behavior_reg="kl", clip_denoised=True), random_batch(size=4000), {}
+    forward = learner.actor.forward
+    learner.actor.forward = lambda x, obs, level: seen.update(x=x, level=level) or forward(x, obs, level)
+    spy_kl = lambda real, fake, obs, action, g, clip: seen.update(kl=(real, fake, action, clip)) or action.sum()
+    monkeypatch.setattr(dtql, "kl_loss", spy_kl)
+    loss = dtql.denoising_loss
+    spy = lambda net, obs, action, g, clip: seen.update(fake=(net, action)) or loss(net, obs, action, g, clip)
+    monkeypatch.setattr(dtql, "denoising_loss", spy)
+    behavior = values(learner.behavior)
+    learner.actor_step(batch)
+    assert seen["x"].std().item() == pytest.approx(2.5, rel=0.03) and (seen["level"] == 2.5).all()
+    real, fake, action, clip = seen["kl"]
+    assert real is learner.behavior and fake is learner.fake and clip == 1.0
+    assert seen["fake"][0] is learner.fake and not seen["fake"][1].requires_grad
+    assert torch.equal(seen["fake"][1], action) and same(behavior, learner.behavior)
+
+
 def test_kl_ablation_trains_its_fake_model_and_starts_from_the_behavior_model():
     learner = with_batch(make_learner(behavior_reg="kl"), random_batch())
     learner.start_from_behavior()
@@ -369,5 +463,7 @@ def test_bandit_rewards():
         assert not data.terminal.any()  # the official bandit never ends
     corner = (data.action[:, 0] < -7.5) & (data.action[:, 1] > 7.5)
     assert corner.sum() == 400
+    reward = dtql.bandit("bandit-25gaussians-hard").reward
+    assert reward[corner].min() > 22 and reward[~corner].max() < 17
     radius = dtql.bandit("bandit-swissroll-far").action.norm(dim=1)
     assert 4.3 < radius.min() and radius.max() < 14.6
