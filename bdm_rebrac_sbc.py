@@ -62,7 +62,8 @@ Differences between paper, author's code and this file (which follows the code, 
 14. SBC has "the same hyperparameters" in App. C, but the code's script leaves out w_Q of Table 3, by which w_a and w_s
     are divided. Without Q only c_s / w_a matters, so --sbc-only multiplies c_s by w_Q here: --w-q 1 for the paper.
 15. Sec. 4.2 has 99 % less variance than a Monte Carlo target: of the target, that is exact only on average over a
-    stationary law of s; of the gradient, (1 - gamma)^2 is left where d does not depend on (s, a).
+    stationary law of s; of the gradient, (1 - gamma)^2 is left where d does not depend on (s, a), and more with a
+    network, whose errors at (s, a) and (s', a') differ.
 
 To lift this file out: bring your own `load_dataset` (`rows` and `split`, which names their six columns as in `Batch`;
 `episode` [N], an index that changes where an episode ends; `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`,
