@@ -1,6 +1,6 @@
 """QDQ's claims about the distribution of returns, where that is known: three states, actions in [-1, 1]^2, one step.
 
-    python tests/benchmarks/claim_qdq.py     # 4 to 5 CPU minutes; writes tests/figures/qdq.png
+    python tests/benchmarks/claim_qdq.py     # 5 CPU minutes; writes tests/figures/qdq.png
 
 (a) The learned distribution is that of the returns.
 (b) Its spread H (Eq. 6) is larger off the data than on it.
