@@ -54,7 +54,8 @@ Differences between paper, author's code and this file (which follows the code, 
  9. Here s_f is G ~ Geometric(1 - gamma) steps on, in the row's own episode; an episode that terminates stays in its
     last state, and what lies beyond a time limit is left out. The code takes G + 1 steps, across time limits too, and
     leaves out what lies beyond a terminal: --futures official.
-10. Alg. 1 and 2 print alpha_i for abar_i; Sec. 4.2 draws s_f from d(. | s, a), but Alg. 1, right, from d(. | s', a').
+10. Alg. 1 and 2 print alpha_i for abar_i; Sec. 4.2 draws s_f from d(. | s, a), but Alg. 1, right, from d(. | s', a');
+    the last formula of Sec. 4.2 leaves (s, a) out of the first eps, Alg. 1 does not.
 11. The paper has no sampler. The code's calls the network one level above the level it steps from, so that samples
     shrink: N(1, 1) comes out with mean 0.76, here 0.98. --sampler official; ddim is new and needs 5 calls, not 9.
 12. The BDM ignores terminals in paper and code; here a terminal s' stays for ever: gamma (1 - terminal).
