@@ -9,12 +9,17 @@ with it, in total variation (TV) and in the mass of the right mode:
   - "Eq. 15": the exact fixed point of the regression, data score + grad Q(x_t) / eta. The theorem takes this for the
     score of noised pi*, which is data score + grad_x log E[exp(Q(a) / eta) | x_t]. They agree at t = 0 only.
   - "learnt": the script's Actor trained by its actor_step with --guidance-scale 2 (that is Eq. 15) and a fixed eta.
-The learnt actor can at best be Eq. 15's fixed point. For Gaussian data and linear Q both means are known: pi* moves by
-std^2 / eta, the fixed point by K times that.
-Part B, the bandit with three Gaussians: soft guidance stays on the data, hard and denoised guidance leave it. The three
-share seeds, trained critics and the dual ascent's b = 1.3; beside them the exact fixed points with the true gradient,
-for all strengths, because a comparison at one b or eta also compares strengths.
-Smaller than the script's bandits: critics first (every row is terminal), 1,500 updates with larger steps, T = 20.
+For Gaussian data and linear Q both means are known: pi* moves by std^2 / eta, the fixed point by K times that.
+Result: K = 4.5 (std 0.2) even for T = 1,000, 10.2 for T = 5. So the regression samples something like pi*, but of a far
+smaller eta; the learnt actor follows Eq. 15, not pi*, and under strong guidance without a cut of x_0 not even that,
+because the chain then visits x_t that noised data rarely do.
+
+Part B, the bandit with three Gaussians, Q its true mean reward: soft guidance stays on the data, hard and denoised
+guidance leave it. All share seeds and the dual ascent's b = 1.3. Beside them the exact fixed points for all strengths,
+because a comparison at one b also compares strengths.
+Result: as the paper says at equal b. At equal reward the exact soft and hard differ little: most of the difference is
+that hard guidance is the stronger of the two.
+Smaller than the script's bandits: T = 20, 1,500 updates of 512 (denoised: 300), learning rate 3e-3.
 """
 
 import json
@@ -24,6 +29,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -167,12 +173,12 @@ def exact_bandit(strength, guidance):
     return draw(mixture_noise(CENTERS, torch.ones(3) / 3, 0.1, BANDIT_T, guide), 4_000, 2, BANDIT_T, None)
 
 
-def part_b(updates=2_000):
+def part_b(updates=1_500):
     print("B  bandit-3gaussians; inside: within 3 standard deviations of a centre (the data: 0.989)")
     data, runs, samples = bandit("bandit-3gaussians"), {name: [] for name in GUIDANCE}, {}
     for seed in SEEDS:
         for name in GUIDANCE:
-            steps = updates // 2 if name == "denoised" else updates
+            steps = updates // 5 if name == "denoised" else updates  # the chain makes it ten times as dear
             settings = dict(diffusion_steps=BANDIT_T, batch_size=512, lr=3e-3, steps=steps, guidance=name)
             learner = DAC(Args(env=data.name, device="cpu", **BANDIT | settings), data, seed)
             learner.critic_target = lambda obs, action: -(action - torch.tensor(OPTIMUM)).norm(dim=1)[None]
@@ -189,11 +195,14 @@ def part_b(updates=2_000):
     exact = {name: [score_bandit(exact_bandit(k, name)) for k in strengths] for name in ("soft", "hard")}
     unguided = score_bandit(exact_bandit(0.0, "soft"))
     print("   exact fixed points, true gradient: unguided reward {reward:.3f}, inside {inside:.3f}".format(**unguided))
-    best = {level: {name: max(row["reward"] for row in rows if row["inside"] >= level) for name, rows in exact.items()}
-            for level in (0.95, 0.9, 0.75, 0.5)}  # fmt: skip
-    for level, rewards in best.items():
-        print(f"   best reward with {level:.0%} inside: soft {rewards['soft']:.3f}, hard {rewards['hard']:.3f}")
-    return dict(runs=runs, strengths=strengths, exact=exact, unguided=unguided, best_reward_inside=best), samples, data
+    at = {}
+    for level in (0.95, 0.9, 0.75, 0.5):  # interpolated along each curve
+        at[level] = {
+            name: float(np.interp(-level, [-row["inside"] for row in rows], [row["reward"] for row in rows]))
+            for name, rows in exact.items()
+        }
+        print("   reward with {:.0%} inside: soft {soft:.3f}, hard {hard:.3f}".format(level, **at[level]))
+    return dict(runs=runs, strengths=strengths, exact=exact, unguided=unguided, reward_at_inside=at), samples, data
 
 
 def plot(a, mixtures, b, bandits, data, path):
@@ -206,22 +215,20 @@ def plot(a, mixtures, b, bandits, data, path):
         panel.plot(middle, histogram(point) / width, "C0", lw=2, label="Eq. 15, exact")
         for i, action in enumerate(learnt):
             panel.plot(middle, histogram(action) / width, "C3", lw=0.8, label=None if i else "learnt, 3 seeds")
-        panel.set(title=f"eta = {eta:g}, T = {steps}", xlabel="action", xlim=(-1.3, 1.6), yticks=[])
-    axes[0, 0].legend(loc="upper left", fontsize=9)
+        top = 1.5 * (masses(eta) / width).max().item()
+        panel.set(
+            title=f"density: eta = {eta:g}, T = {steps}", xlabel="action", xlim=(-1.3, 1.6), ylim=(0, top), yticks=[]
+        )
+    axes[0, 0].legend(loc="upper right", ncols=2, fontsize=8)
     panel, etas = axes[0, 3], torch.logspace(1, -0.6, 17).tolist()
     panel.plot([1 / eta for eta in etas], [tilted(eta)[1][1] for eta in etas], "k--", label="pi*, claimed")
     for steps, style in zip(SAMPLERS, ("C0:", "C0-")):
         right = [describe(fixed_point(eta, steps, 10_000), eta)["right"] for eta in etas]
         panel.plot([1 / eta for eta in etas], right, style, label=f"Eq. 15, T = {steps}")
-    for i, row in enumerate(a["table"]):
-        marker = dict(
-            marker="ox"[row["T"] == 5],
-            s=25,
-            color="C3",
-            label=f"learnt, T = {row['T']}" if i % len(ETAS) == 0 else None,
-        )
-        panel.scatter([1 / row["eta"]] * len(SEEDS), [run["right"] for run in row["learnt"]], zorder=3, **marker)
-    panel.set(title="mass of the right mode", xlabel="1 / eta", xscale="log", ylim=(0.25, 1.02))
+    for steps, marker in zip(SAMPLERS, "xo"):
+        runs = [(1 / row["eta"], run["right"]) for row in a["table"] if row["T"] == steps for run in row["learnt"]]
+        panel.scatter(*zip(*runs), marker=marker, s=25, color="C3", zorder=3, label=f"learnt, T = {steps}")
+    panel.set(title="mass of the right mode", xlabel="1 / eta", xscale="log", ylim=(0.05, 1.03))
     panel.legend(loc="lower right", fontsize=9)
     for panel, name in zip(axes[1], GUIDANCE):
         panel.scatter(*data.action[:1_500].T, s=2, color="0.75")
@@ -231,13 +238,11 @@ def plot(a, mixtures, b, bandits, data, path):
         panel.set(title=f"{name}: {inside} on data", aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
     panel = axes[1, 3]
     for name, color in zip(GUIDANCE, ("C0", "C1", "C2")):
-        if name in b["exact"]:
-            panel.plot(
-                *zip(*((row["reward"], row["inside"]) for row in b["exact"][name])), color, label=f"{name}, exact"
-            )
-        panel.scatter(*zip(*((run["reward"], run["inside"]) for run in b["runs"][name])), color=color, zorder=3,
-                      s=25, label=f"{name}, learnt")  # fmt: skip
-    panel.set(title="weak to strong guidance", xlabel="reward", ylabel="part of actions on data")
+        for kind, rows in (("exact", b["exact"].get(name, [])), ("learnt", b["runs"][name])):
+            style = dict(color=color, linestyle="-" if kind == "exact" else "", marker="o" if kind == "learnt" else "")
+            if rows:
+                panel.plot(*zip(*((row["reward"], row["inside"]) for row in rows)), **style, label=f"{name}, {kind}")
+    panel.set(title="on data against reward", xlabel="reward (0: the star)", xlim=(-1.05, 0.05), ylim=(-0.03, 1.03))
     panel.legend(loc="lower left", fontsize=8)
     figure.savefig(path, dpi=75)
 
@@ -246,13 +251,13 @@ def main():
     torch.set_num_threads(1)
     a, mixtures = part_a()
     b, bandits, data = part_b()
-    plot(a, mixtures, b, bandits, data, TESTS / "figures" / "dac.png")
     seconds = round(time.process_time())
     about = dict(
         command="python tests/benchmarks/claim_dac.py", seeds=SEEDS, cpu_seconds=seconds, torch=torch.__version__
     )
     (TESTS / "results" / "claim_dac.json").write_text(json.dumps(about | dict(a=a, b=b), indent=1))
     print(f"{seconds} CPU-seconds")
+    plot(a, mixtures, b, bandits, data, TESTS / "figures" / "dac.png")
 
 
 if __name__ == "__main__":
