@@ -8,18 +8,20 @@ Offline Reinforcement Learning", NeurIPS 2023, arXiv:2301.12130. Official code: 
 
 A flow-GAN learns the density p(s, a) of the data and is frozen. Then TD3 climbs Q where that density is high.
 
-    flow          z = f(x), x = [s, a]: four additive couplings (NICE), then a scale exp(sigma) per coordinate
-    density       -log p(x) = sum_j [2 softplus(z_j) - z_j] - sum_j sigma_j          (logistic prior)
-    discriminator min E D(f^-1(z)) - E D(x) + w_gp E (|grad D| - 1)^2                (WGAN-GP)
-    flow-GAN      min -w_gan E D(f^-1(z)) - E log p(x), one step for five of D       Eq. 4
-    critic        min E (Q_i(s, a) - y)^2, y = r + gamma min_i Q_i'(s', pi'(s') + clipped noise)
-    actor         max E min_i Q_i(s, pi(s)) subject to -log p(s, pi(s)) < epsilon    Eq. 7
-    as trained    min alpha(t) E [log p(s, a) - log p(s, pi(s))] - 1(t >= t_Q) E min_i Q_i(s, pi(s))
+    flow          z = f(x), x = [s, a]: four additive couplings (NICE), then a scale exp(sigma) per coordinate     Flow
+    density       -log p(x) = sum_j [2 softplus(z_j) - z_j] - sum_j sigma_j     (logistic prior)               Flow.nll
+    discriminator min E D(f^-1(z)) - E D(x) + w_gp E (|grad D| - 1)^2           (WGAN-GP)            discriminator_loss
+    flow-GAN      min -w_gan E D(f^-1(z)) - E log p(x), w_gan = 1 / lambda      Eq. 4                     behavior_step
+    critic        min E (Q_i(s, a) - y)^2, y = r + gamma (1 - terminal) min_i Q_i'(s', a~)                  critic_step
+                  a~ = pi'(s') + clip(N(0, sigma^2), -c, c)                                               target_action
+    actor         max E min_i Q_i(s, pi(s)) subject to -log p(s, pi(s)) < epsilon    Eq. 7, --alpha-mode dual
+    as trained    min alpha(t) E [log p(s, a) - log p(s, pi(s))] - 1(t >= t_Q) E min_i Q_i(s, pi(s))         actor_step
 
-Phase 1 ("behavior"): --behavior-steps updates of D, with a fifth as many of the flow. Phase 2 ("policy"): --steps
-updates, t = 0, 1, ...: the actor first follows the density alone, the critics join at t = --critic-start, Q at t_Q =
---q-start. These lengths keep their proportion to --steps, and alpha(t) changes at fractions of it. The paper's lengths:
-500,000 + 1,000,000 for MuJoCo; AntMaze has 1,000,000 in all.
+Phase 1 ("behavior", `pretrain`; first loop of Alg. 1): --behavior-steps updates of D, with a fifth as many of the flow.
+Phase 2 ("policy", `update`; second loop): --steps updates, t = 0, 1, ..., of critics, actor, targets. The actor first
+follows the density alone, the critics join at t = --critic-start, Q at t_Q = --q-start. These lengths keep their
+proportion to --steps, and alpha(t) (`alpha_at`) changes at fractions of it. The paper's lengths: 500,000 + 1,000,000
+for MuJoCo; AntMaze has 1,000,000 in all. Eq. 5 (Prop. 3.1: Eq. 4 as inverse RL) only argues.
 
 Differences between paper, official code and this file (which follows the code unless a flag is named):
  1. Paper: dual gradient descent on alpha (Alg. 1). Code: a table alpha(t), and for epsilon the density of the data's
@@ -28,7 +30,7 @@ Differences between paper, official code and this file (which follows the code u
  2. The paper writes the flow as a map of actions, the code takes [s, a]: --density conditional models p(a | s).
  3. Alg. 1 goes on training the flow-GAN beside the policy; the code and this file freeze it.
  4. Alg. 1 updates actor and targets at every update (--policy-delay 1), and actor and critics from the start
-    (--critic-start 0 --q-start 0).
+    (--critic-start 0 --q-start 0). It prints no terminal in y; the critic's equation apart from it has max over a'.
  5. The code's alpha counts updates from the start of phase 1, with one absolute threshold: it is 0 for one update and
     negative if phase 1 is shorter than 400,000. Here it counts from the start of phase 2, for any length. The code
     changes some values one actor update later, and AntMaze's first actor update has alpha = 0.5.
@@ -465,7 +467,7 @@ class CPED:
         actor_loss = self.alpha * excess - q_weight * q
         self.actor_opt.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # flow and critics stay as they are
-        allowed = actor_loss <= LARGEST_LOSS  # false for NaN
+        allowed = actor_loss.isfinite() & (actor_loss <= LARGEST_LOSS)
         step_where(self.actor_opt, allowed)
         saturated = (action.abs() > 0.99 * self.data.max_action).float().mean()
         self.metrics.add(actor_loss=actor_loss, actor_q=q, excess_nll=excess, alpha=self.alpha, saturated=saturated,

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 import cped
-from common import Batch, UserError, load_dataset
+from common import Batch, Dataset, UserError, load_dataset
 from cped import CPED, Args, Flow, alpha_at, gradient_penalty, logistic_nll, row_counter, target_action
 
 
@@ -256,8 +256,10 @@ def one_state_learner(slopes=(2.0, 5.0), offsets=(0.0, 10.0), **settings):
     ],
 )
 def test_actor_finds_the_optimum(slopes, offsets, alpha, low, high):
+    """From an action of 0.987 down to the optimum, or further up."""
     learner, batch = one_state_learner(slopes, offsets, alpha=(alpha,), alpha_until=())
-    for _ in range(2000):
+    learner.actor.theta.data.fill_(2.5)
+    for _ in range(500):
         learner.actor_step(batch)
     assert low <= learner.actor(batch.obs)[0].item() <= high
 
@@ -274,13 +276,19 @@ def test_threshold_has_no_gradient():
     torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-6, atol=0)
 
 
-def test_actor_skips_huge_losses():
+def test_actor_skips_huge_and_infinite_losses():
     learner = make_learner(epsilon=0.0)
     before = snapshot(learner.actor)
     learner.behavior.sigma.data.fill_(16)  # -log density of about 1e7, times alpha = 1000
     learner.actor_step(random_batch())
     assert same(before, snapshot(learner.actor)) and learner.metrics.read()["actor_skipped"] == 1
     learner.behavior.sigma.data.fill_(0)
+    critic = learner.critic
+    for value in (math.nan, math.inf, -math.inf):
+        learner.critic = lambda obs, action, value=value: critic(obs, action) + value
+        learner.actor_step(random_batch())
+        assert same(before, snapshot(learner.actor)) and learner.metrics.read()["actor_skipped"] == 1
+    learner.critic = critic
     learner.actor_step(random_batch())
     assert not same(before, snapshot(learner.actor)) and learner.metrics.read()["actor_skipped"] == 0
 
@@ -307,6 +315,18 @@ def test_bellman(terminal, expected):
     for _ in range(600):
         learner.update()
     assert learner.critic(ones, action).mean(1).tolist() == pytest.approx([expected] * 2, abs=0.02)
+
+
+def test_targets_move_by_tau():
+    """Once per update(), towards the networks that the first of its two batches has left: all of them, by tau."""
+    learner = make_learner(critic_lr=0.1, actor_lr=0.1, tau=0.25, policy_delay=1)
+    targets, online = (learner.critic_target, learner.actor_target), (learner.critic, learner.actor)
+    before = snapshot(*targets)
+    assert same(before, snapshot(*online))  # they start as copies
+    learner.update()
+    for old, new, target in zip(before, snapshot(*online), snapshot(*targets), strict=True):
+        torch.testing.assert_close(target, old + 0.25 * (new - old))
+    assert not same(before, snapshot(*targets))
 
 
 def test_target_action_is_noisy_clipped_and_leaves_the_box():
@@ -441,7 +461,7 @@ def test_dual_finds_the_multiplier_that_keeps_the_threshold():
     a = 0.3
     epsilon = 4 * math.log(2) - math.log(4) + 2 * math.log(math.cosh(2 * a))
     learner, batch = one_state_learner(alpha_mode="dual", epsilon=epsilon, alpha_lr=0.01)
-    for _ in range(2000):
+    for _ in range(1000):
         learner.actor_step(batch)
     assert learner.actor(batch.obs)[0].item() == pytest.approx(a, abs=5e-3)
     assert learner.alpha.item() == pytest.approx(2 / (4 * math.tanh(2 * a)), rel=0.03)
@@ -505,6 +525,22 @@ def test_time_limits_of_the_loader(tmp_path):
     path = str(tmp_path / "data.npz")
     assert len(load_dataset("HalfCheetah-v4", path, timeout_rule=row_counter)) == 2497
     assert len(load_dataset("HalfCheetah-v4", path, timeout_rule=None)) == 2475
+
+
+@pytest.mark.parametrize(
+    "env, rewards, counted", [("antmaze-umaze-v2", {-1.0, 0.0}, True), ("pendulum-demo-medium", {0.0, 1.0}, False)]
+)
+def test_settings_of_the_data(env, rewards, counted, monkeypatch):
+    """AntMaze's rewards fall by one, and the paper's datasets are cut by the official row counter."""
+    action = torch.linspace(0, 1, 10)[:, None]
+    data, rules = Dataset.bandit("stand-in", action, lambda action: action[:, 0].round()), []
+    monkeypatch.setattr(cped, "load_dataset", lambda env, path, timeout_rule: rules.append(timeout_rule) or data)
+    monkeypatch.setattr(cped, "CPED", lambda args, data, seed: None)
+    monkeypatch.setattr(cped, "Run", lambda *rest: 1 / 0)  # far enough
+    monkeypatch.setattr("sys.argv", ["cped.py", "--env", env, "--device", "cpu"])
+    with pytest.raises(ZeroDivisionError):
+        cped.main()
+    assert set(data.reward.tolist()) == rewards and rules == [row_counter if counted else None]
 
 
 def test_density_is_sampled():
