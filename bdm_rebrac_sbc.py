@@ -3,7 +3,7 @@
 Liam Schramm, Abdeslam Boularias: "Bellman Diffusion Models for Offline Reinforcement Learning", arXiv:2407.12163.
 Author's code, to which the paper does not link: github.com/schrammlb2/Bellman-Diffusion-Offline-RL, commit 384666e.
 
-    python bdm_rebrac_sbc.py                          # built-in HalfCheetah data, three minutes on two CPU cores
+    python bdm_rebrac_sbc.py                          # built-in HalfCheetah data, minutes on a CPU core
     python bdm_rebrac_sbc.py --env hopper-medium-v2   # the paper's run
     python bdm_rebrac_sbc.py --env hopper-medium-v2 --sbc-only         # imitation: no critics, no rewards (App. C)
     python bdm_rebrac_sbc.py --env hopper-medium-v2 --w-s 0            # without the state term: ReBRAC

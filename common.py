@@ -1706,12 +1706,13 @@ def save_figure(path, *draw, size=4.5):
 
 
 def read_csv(path):
-    """Rows of a metrics.csv with numbers as floats, empty cells left out."""
+    """Rows of a metrics.csv with the phase as text, the step as an int, all else as floats; empty cells left out."""
     if not path.exists():
         return []
+    kinds = dict(phase=str, step=lambda text: int(float(text)))
     with open(path, newline="") as file:
-        rows = [{name: text for name, text in row.items() if text} for row in csv.DictReader(file)]
-    return [{name: text if name == "phase" else float(text) for name, text in row.items()} for row in rows]
+        rows = list(csv.DictReader(file))
+    return [{name: kinds.get(name, float)(text) for name, text in row.items() if text} for row in rows]
 
 
 def write_text(path, text):

@@ -3,7 +3,7 @@
 Jing Zhang, Chi Zhang, Wenjia Wang, Bing-Yi Jing: "Constrained Policy Optimization with Explicit Behavior Density for
 Offline Reinforcement Learning", NeurIPS 2023, arXiv:2301.12130. Official code: github.com/evalarzj/cped, d19beb4.
 
-    python cped.py                              # built-in HalfCheetah data, three minutes on two CPU cores
+    python cped.py                              # built-in HalfCheetah data, minutes on a CPU core
     python cped.py --env hopper-medium-v2       # the paper's run
 
 A flow-GAN learns the density p(s, a) of the data and is frozen. Then TD3 climbs Q where that density is high.

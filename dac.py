@@ -4,7 +4,7 @@ Linjiajie Fang, Ruoxue Liu, Jing Zhang, Wenjia Wang, Bing-Yi Jing: "Diffusion Ac
 Policy Iteration as Diffusion Noise Regression for Offline Reinforcement Learning", ICLR 2025, arXiv:2405.20555.
 Official code: github.com/Fang-Lin93/DAC, commit e254357.
 
-    python dac.py                              # built-in HalfCheetah data, three minutes on two CPU cores
+    python dac.py                              # built-in HalfCheetah data, minutes on a CPU core
     python dac.py --env hopper-medium-v2       # the paper's run
     python dac.py --env bandit-3gaussians --guidance hard      # the authors' 2-D example; result: bandit.png
 

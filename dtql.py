@@ -4,7 +4,7 @@ Tianyu Chen, Zhendong Wang, Mingyuan Zhou: "Diffusion Policies Creating a Trust 
 Learning", NeurIPS 2024, arXiv:2405.19690.
 Official code: github.com/TianyuCodings/Diffusion_Trusted_Q_Learning, commit 9a29cea.
 
-    python dtql.py                              # built-in HalfCheetah data, three minutes on two CPU cores
+    python dtql.py                              # built-in HalfCheetah data, minutes on a CPU core
     python dtql.py --env hopper-medium-v2       # the paper's run
 
 A diffusion model mu of the behaviour policy is trained but never sampled: its denoising loss, taken at the action of a

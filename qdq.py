@@ -4,7 +4,7 @@ Jing Zhang, Linjiajie Fang, Kexin Shi, Wenjia Wang, Bing-Yi Jing: "Q-Distributio
 Reinforcement Learning: Uncertainty Penalized Q-Value via Consistency Model", NeurIPS 2024, arXiv:2410.20312.
 Official code (JAX): github.com/evalarzj/qdq, f083a57.
 
-    python qdq.py                              # built-in HalfCheetah data, three minutes on two CPU cores
+    python qdq.py                              # built-in HalfCheetah data, minutes on a CPU core
     python qdq.py --env hopper-medium-v2       # the paper's run, all three phases
     python qdq.py --env hopper-medium-v2 --seed 1 2 3 4 --reuse runs/qdq/hopper-medium-v2/seed0    # last phase only
 

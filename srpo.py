@@ -3,7 +3,7 @@
 Huayu Chen, Cheng Lu, Zhengyi Wang, Hang Su, Jun Zhu: "Score Regularized Policy Optimization through Diffusion
 Behavior", ICLR 2024, arXiv:2310.07297. Official code: github.com/thu-ml/SRPO, commit b3b916a.
 
-    python srpo.py                              # built-in HalfCheetah data, three minutes on two CPU cores
+    python srpo.py                              # built-in HalfCheetah data, minutes on a CPU core
     python srpo.py --env hopper-medium-v2       # the paper's run
     python srpo.py --env hopper-medium-v2 --beta 0.1 --reuse runs/srpo/hopper-medium-v2 --out runs/beta0.1
     python srpo.py --env bandit-8gaussians      # the 2-D experiments; result: bandit.png

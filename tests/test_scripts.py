@@ -139,6 +139,8 @@ def test_killed_and_resumed(name, calls, start, tmp_path, monkeypatch):
     rows = [common.read_csv(folder(tmp_path / out, name) / "metrics.csv") for out in ("whole", "killed")]
     evaluated = [[(row["phase"], row["step"], row["return"]) for row in some if "return" in row] for some in rows]
     assert evaluated[0] == evaluated[1]
+    _, *lines = (folder(tmp_path / "killed", name) / "metrics.csv").read_text().splitlines()
+    assert all(line.split(",")[1].isdigit() for line in lines)  # rows that were read and written again
 
 
 @every_script
