@@ -265,11 +265,16 @@ def test_actor_finds_the_optimum(slopes, offsets, alpha, low, high):
 
 
 def test_threshold_has_no_gradient():
-    """The actor's gradient is the same whatever -log p(s, pi(s)) is compared with."""
-    gradients = []
+    """The actor's gradient is the same whatever -log p(s, pi(s)) is compared with; by default, the data's action."""
+    gradients, batch = [], random_batch()
     for epsilon in (None, 0.0, 1e3):
         learner = make_learner(epsilon=epsilon)
-        learner.actor_step(random_batch())
+        with torch.no_grad():
+            pairs = [(batch.obs, action) for action in (learner.actor(batch.obs), batch.action)]
+            ours, data = (learner.behavior.nll(*pair).mean().item() for pair in pairs)
+        learner.actor_step(batch)
+        expected = ours - (data if epsilon is None else epsilon)
+        assert learner.metrics.read()["excess_nll"] == pytest.approx(expected, rel=1e-4) and abs(expected) > 0.1
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in learner.actor.parameters()]))
     assert gradients[0].abs().max() > 1e-3
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=0)
@@ -417,11 +422,12 @@ def test_alpha_table_of_antmaze():
 def test_official_numbers_of_updates():
     """The paper's MuJoCo run with all lengths divided by 1000."""
     learner = make_learner(behavior_hidden=4, hidden=4, batch_size=2, steps=1000, critic_start=30, q_start=50)
-    with_q, add = [], learner.metrics.add
+    with_q, alphas, add = [], [], learner.metrics.add
 
     def watch(**values):
         add(**values)
         if "actor_loss" in values:
+            alphas.append(values["alpha"].item())
             with_q.append((values["actor_loss"] != values["alpha"] * values["excess_nll"]).item())
 
     learner.metrics.add = watch
@@ -441,6 +447,7 @@ def test_official_numbers_of_updates():
 
     opts = (learner.discriminator_opt, learner.behavior_opt, learner.critic_opt, learner.actor_opt)
     assert [updates(opt) for opt in opts] == [500, 100, 970, 500]
+    assert alphas == [1000] * 50 + [10] * 50 + [7.5] * 50 + [5] * 50 + [2.5] * 50 + [1.5] * 250
     assert sum(with_q) == 475 and len(targets) == 500 and learner.step == 1000
 
 
