@@ -464,19 +464,19 @@ def test_actions_stay_in_the_box():
         ("soft", 1.0, 0.817726),  # mean of w_t
         ("soft", 2.0, 2 * 0.817726),
         ("hard", 1.0, 1.0),
-        ("denoised", 1.0, -2.0),  # -Q at the actor's sample
+        ("denoised", 1.0, -2.0),  # -Q at the actor's sample, over Q at the data
         ("denoised", 2.0, -4.0),
     ],
 )
 def test_guidance(guidance, scale, loss):
-    """Q = 1 + a, so g = 1 at data that are 0; eta = 0 leaves the guidance term, and the actor says 1 (or samples 1)."""
+    """Q = 2 + 2 a, so g = 1 at data that are 0; eta = 0 leaves the guidance; the actor says 1 (or samples 1)."""
     learner = make_learner(1, 1, eta=0.0, eta_lr=0.0, guidance=guidance, guidance_scale=scale)
     actor = Affine(1)
     with torch.no_grad():
         actor.k.zero_()
         actor.m.fill_(-100.0 if guidance == "denoised" else 1.0)
     give(learner, actor=actor)
-    learner.critic_target = LinearCritic([[1.0]], [1.0])
+    learner.critic_target = LinearCritic([[2.0]], [2.0])
     learner.actor_step(batch_of(torch.zeros(8192, 1)))
     assert learner.metrics.read()["actor_loss"] == pytest.approx(loss, rel=0.01)
 
