@@ -593,7 +593,8 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, judge: gymnasium.Env) -> 
             value = value[:, 0]  # some files store columns
         if value.shape[1:] != shapes.get(key, ()):
             expected = ", ".join(map(str, ("N", *shapes.get(key, ()))))
-            raise UserError(f"{env}: {KEYS[key]}: expected shape [{expected}], found {list(value.shape)}")
+            hint = "; does --env name the environment of these data?" if key in shapes else ""
+            raise UserError(f"{env}: {KEYS[key]}: expected shape [{expected}], found {list(value.shape)}{hint}")
         raw[key] = value.astype(bool if key in ("terminal", "timeout") else np.float32, copy=False)
 
     low, high, action = box.low, box.high, raw["action"]
@@ -1447,7 +1448,7 @@ class Run:
             for row in read_csv(folder / "metrics.csv"):
                 if row["phase"] in self.done or (row["phase"] == self.phase and row["step"] <= self.step):
                     rows.append(row)
-        print(f"resuming {self.root} at {self.phase} update {self.step:,}")
+        print(f"resuming {self.root} at {self.phase} {self.step:,}")
         return True
 
     def updates(self, phase, steps, stride=1, evaluate=False, at_end=None):
@@ -1481,7 +1482,7 @@ class Run:
                 self.save()
             if self.stop:
                 self.bar.close()
-                print(f"stopped at {phase} update {self.step:,} of {steps:,}; --resume continues", file=sys.stderr)
+                print(f"stopped at {phase} {self.step:,} of {steps:,}; --resume continues", file=sys.stderr)
                 sys.exit(128 + self.stop)
         self.bar.close()
         if steps == 0:

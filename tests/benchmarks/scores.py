@@ -3,10 +3,12 @@
     python tests/benchmarks/scores.py DATA                 # short runs for two CPU cores, hours
     python tests/benchmarks/scores.py DATA --full          # the papers' widths, batch sizes and updates, for a GPU
     python tests/benchmarks/scores.py DATA --methods bc rebrac --seeds 1 --jobs 1
+    python tests/benchmarks/scores.py DATA --closer --sets hopper-medium-v2 --out runs/closer
 
 DATA is a folder with the files named in SETS. Every run takes the paper's settings for the D4RL set of the same robot
 and kind, is a run of a script like any other, and is resumed if it was stopped; a second start runs what is missing.
 Short runs change only what SHORT names: small networks and batches, learning rate 1e-3, faster targets, few updates.
+With --closer they also take the settings in CLOSER, which hold the policy nearer to the data than the papers do.
 <out>/scores.json holds the table (see --table for a look at an unfinished one), <out>/scores.png the curves.
 """
 
@@ -52,6 +54,16 @@ SHORT = {  # the phases before the last are cut to lengths that a slow core does
     "qdq": "--lr 1e-3 --return-hidden 64 --q-samples 8 --score-steps 2500 --consistency-steps 2500",
     "cped": "--critic-lr 1e-3 --actor-lr 1e-3 --behavior-lr 1e-3 --behavior-hidden 64 --behavior-steps 5000",
 }
+CLOSER = {  # chosen by a run or two of seed 0 on Hopper medium
+    "bc": "",
+    "rebrac": "--w-a 0.2",
+    "bdm": "--w-a 0.2",
+    "dtql": "--alpha 50",
+    "srpo": "--beta 0.005 --dropout 0 --behavior-steps 20000",
+    "dac": "--bc-threshold 0.06 --candidates 1",
+    "qdq": "--bc-coef 8",
+    "cped": "--alpha 1000 100 75 50 25 15 --behavior-steps 25000",
+}
 
 
 def folder(args, method, env, seed):
@@ -68,7 +80,7 @@ def train(args, method, env, seed):
     command = [sys.executable, str(ROOT / f"{script}.py"), "--env", env, "--data-path", str(args.data / SETS[env])]
     command += [*flags.split(), "--seed", str(seed), "--out", str(args.out / method), "--resume"]
     if not args.full:
-        command += f"{SMALL} {SHORT[method]}".split()
+        command += f"{SMALL} {SHORT[method]} {CLOSER[method] if args.closer else ''}".split()
     with open(args.out / f"{method}-{env}-{seed}.log", "a") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
         _, status, used = os.wait4(child.pid, 0)
@@ -87,7 +99,7 @@ def curve(run):
 def collect(args):
     """{dataset: {method: dict}} over finished seeds: scores of the last and of the last five evaluations, and costs."""
     table = {}
-    for env in SETS:
+    for env in args.sets:
         table[env] = {"data": float(score(env, load_dataset(env, str(args.data / SETS[env])).episode_returns).mean())}
         for method in args.methods:
             runs = [folder(args, method, env, seed) for seed in range(args.seeds)]
@@ -127,29 +139,31 @@ def draw(args, table):
                 axes.plot(steps, mean, ".-", color=f"C{i}", label=method)
                 axes.fill_between(steps, curves[..., 1].min(0), curves[..., 1].max(0), color=f"C{i}", alpha=0.1)
         axes.set(title=Path(SETS[env]).stem, xlabel="fraction of the run", ylabel="D4RL score")
-        if env == next(iter(SETS)):
+        if env == args.sets[0]:
             axes.legend(fontsize=7)
 
-    save_figure(args.out / "scores.png", *(lambda axes, env=env: panel(axes, env) for env in SETS))
+    save_figure(args.out / "scores.png", *(lambda axes, env=env: panel(axes, env) for env in args.sets))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the files in SETS")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD", help="(all)")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET", help="(all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (one per core)")
     parser.add_argument("--full", action="store_true", help="the papers' sizes and lengths")
+    parser.add_argument("--closer", action="store_true", help="short runs held nearer to the data (CLOSER)")
     parser.add_argument("--table", action="store_true", help="no training: only the table of what is finished")
     parser.add_argument("--out", type=Path, default=Path("runs/scores"), help="folder for runs and results")
     args = parser.parse_args()
     args.data, args.out = args.data.resolve(), args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in SETS.values() if not (args.data / name).exists()]
+    missing = [SETS[env] for env in args.sets if not (args.data / SETS[env]).exists()]
     if missing:
         parser.error(f"{args.data} has no {', '.join(missing)}")
     if not args.table:  # low seeds first, so that the table fills evenly
-        jobs = [(seed, env, method) for seed in range(args.seeds) for env in SETS for method in args.methods]
+        jobs = [(seed, env, method) for seed in range(args.seeds) for env in args.sets for method in args.methods]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: train(args, job[2], job[1], job[0]), jobs))
     table = collect(args)
