@@ -224,8 +224,8 @@ def draw(found, samples, costs):
         panel.plot(*exact[name][1].T, color="black", label="action, exact score", **hollow)
         panel.plot(*learned[name][0][1].T, ".", color="C1", label="action, learned score")
         counts = sorted(map(on_modes, learned[name]))
-        panel.set(aspect="equal", xticks=[], yticks=[], title=f"8 Gaussians, beta 0.1: {name}")
-        panel.set_xlabel(f"actions on a mode: exact {on_modes(exact[name])} of 49, learned {counts[0]} to {counts[-1]}")
+        panel.set(aspect="equal", xticks=[], yticks=[], title=f"8 Gaussians, {name}")
+        panel.set_xlabel(f"on a mode: exact {on_modes(exact[name])} of 49, learned {counts[0]} to {counts[-1]}")
     axes[0].legend(loc="lower left", fontsize=8, framealpha=0.9)
 
     panel, beta = axes[2], torch.logspace(-2, 0, 50)
@@ -233,8 +233,8 @@ def draw(found, samples, costs):
         panel.plot(beta, fixed_points(beta, LINE[name][0]), color=f"C{i}", label=f"ω = {name}")
         panel.plot(BETAS, exact[name][:-1], color=f"C{i}", **hollow)
         panel.plot(BETAS, torch.stack(learned[name]).T[:-1], "x", color=f"C{i}", markersize=5)
-    panel.set(xscale="log", title="Behaviour N(-0.3, 0.2²), Q = -(a - 0.6)²")
-    panel.set_xlabel("beta     (action: line predicted, o exact, x learned)")
+    panel.set(xscale="log", title="N(-0.3, 0.2²), Q = -(a - 0.6)²")
+    panel.set_xlabel("beta (line predicted, o exact, x learned)")
     panel.legend(fontsize=8)
 
     panel, row = axes[3], range(len(LINE))
