@@ -111,7 +111,7 @@ def collect(args):
                     last_five=[one["score"]["last_five"] for one in found],
                     updates=found[0]["steps"],
                     minutes=[one["seconds"] / 60 for one in found],
-                    cpu_minutes=[json.loads((run / "cpu.json").read_text()) / 60 for run in runs],
+                    cpu_minutes=[json.loads(file.read_text()) / 60 for run in runs for file in run.glob("cpu.json")],
                     curves=[curve(run) for run in runs],
                 )
     return table
