@@ -1398,7 +1398,7 @@ class Run:
             self.open_folders()
         self.writers = [SummaryWriter(str(folder), purge_step=self.step) for folder in self.folders]
         self.wandb = [start_wandb(args, *seed) for seed in zip(self.folders, args.seed) if args.wandb]
-        self.start = time.monotonic() - self.seconds
+        self.start, self.drawn = time.monotonic() - self.seconds, time.monotonic()
         self.stop = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -1482,6 +1482,7 @@ class Run:
                 self.save()
             if self.stop:
                 self.bar.close()
+                self.draw()
                 print(f"stopped at {phase} {self.step:,} of {steps:,}; --resume continues", file=sys.stderr)
                 sys.exit(128 + self.stop)
         self.bar.close()
@@ -1512,7 +1513,7 @@ class Run:
             row = dict(phase=self.phase, step=self.step, seconds=round(now - self.start, 1))
             row |= dict(updates_per_second=count / spent) | (self.evaluate(i) if evaluating else {}) | values
             self.write_row(i, row)
-        if evaluating:
+        if evaluating and time.monotonic() - self.drawn > 10:  # seconds: a picture takes about one
             self.draw()
         self.show(steps, count / spent, metrics[0], evaluating)
         self.wait()
@@ -1585,6 +1586,9 @@ class Run:
 
     def draw(self):
         """curve.png of each seed and, with several, one with their mean and band."""
+        self.drawn = time.monotonic()
+        if not any("return" in row for row in self.rows[0]):
+            return
         for folder, rows in zip(self.folders, self.rows):
             draw_curve(folder / "curve.png", [rows], self)
         if len(self.folders) > 1:
@@ -1596,8 +1600,7 @@ class Run:
         summaries = [self.summarise(rows, seed) for rows, seed in zip(self.rows, self.args.seed)]
         for folder, summary in zip(self.folders, summaries):
             write_text(folder / "summary.json", json.dumps(summary, indent=2))
-        if any("return" in row for row in self.rows[0]):
-            self.draw()
+        self.draw()
         if len(summaries) > 1:
             write_text(self.root / "summary.json", json.dumps(across_seeds(summaries), indent=2))
         print_summary(summaries)

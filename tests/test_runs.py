@@ -339,7 +339,7 @@ def test_cli_turns_errors_into_a_sentence(capsys):
 def test_kill_minus_nine(tmp_path):
     """A real process, killed for real, resumed: the same weights as a run that never stopped."""
     flags = (
-        "--env pendulum-demo-medium --steps 400 --batch-size 16 --eval-episodes 0 --checkpoint-every 20 --device cpu"
+        "--env pendulum-demo-medium --steps 200 --batch-size 16 --eval-episodes 0 --checkpoint-every 20 --device cpu"
     )
     command = [sys.executable, str(ROOT / "dtql.py"), *flags.split(), "--out"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

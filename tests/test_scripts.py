@@ -40,6 +40,18 @@ def start(monkeypatch, capsys):
     return start
 
 
+WHOLE = {}
+
+
+@pytest.fixture
+def whole(name, start, tmp_path_factory):
+    """The folder of a tiny run that nothing stops, shared by the tests of a script."""
+    if name not in WHOLE:
+        WHOLE[name] = tmp_path_factory.mktemp("whole")
+        start(name, "--out", WHOLE[name])
+    return WHOLE[name]
+
+
 def folder(out, name, seed=0):
     return Path(out) / name / "pendulum-demo-medium" / f"seed{seed}"
 
@@ -104,9 +116,8 @@ def test_same_seed_same_run_and_seeds_keep_their_own_draws(name, start, tmp_path
 
 @every_script
 @pytest.mark.parametrize("calls", [1, 4, 9])
-def test_killed_and_resumed(name, calls, start, tmp_path, monkeypatch):
+def test_killed_and_resumed(name, calls, start, whole, tmp_path, monkeypatch):
     """Killed after some updates, again during a checkpoint, then resumed: bit for bit the run that never stopped."""
-    start(name, "--out", tmp_path / "whole")
     module = importlib.import_module(name)
     plain, left = common.capture, [calls]
 
@@ -135,8 +146,8 @@ def test_killed_and_resumed(name, calls, start, tmp_path, monkeypatch):
             inner.setattr(torch, "save", half_a_checkpoint)
             start(name, "--out", tmp_path / "killed", "--resume")
     start(name, "--out", tmp_path / "killed", "--resume")
-    assert_same(learned(tmp_path / "whole", name), learned(tmp_path / "killed", name))
-    rows = [common.read_csv(folder(tmp_path / out, name) / "metrics.csv") for out in ("whole", "killed")]
+    assert_same(learned(whole, name), learned(tmp_path / "killed", name))
+    rows = [common.read_csv(folder(out, name) / "metrics.csv") for out in (whole, tmp_path / "killed")]
     evaluated = [[(row["phase"], row["step"], row["return"]) for row in some if "return" in row] for some in rows]
     assert evaluated[0] == evaluated[1]
     _, *lines = (folder(tmp_path / "killed", name) / "metrics.csv").read_text().splitlines()
@@ -144,14 +155,14 @@ def test_killed_and_resumed(name, calls, start, tmp_path, monkeypatch):
 
 
 @every_script
-def test_saved_policy_scores_the_same_again(name, start, tmp_path, capsys):
-    module = start(name, "--out", tmp_path)
-    last = json.loads((folder(tmp_path, name) / "summary.json").read_text())["return"]["last"]
+def test_saved_policy_scores_the_same_again(name, whole, capsys, monkeypatch):
+    module, run = importlib.import_module(name), folder(whole, name)
+    last = json.loads((run / "summary.json").read_text())["return"]["last"]
     capsys.readouterr()
-    sys.argv = [f"{name}.py", "--evaluate", str(folder(tmp_path, name)), "--eval-episodes", "2"]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--evaluate", str(run), "--eval-episodes", "2"])
     common.cli(module.main)
     assert f"return {last:.1f}" in capsys.readouterr().out
-    act = common.load_policy(getattr(module, LEARNERS[name]), module.Args, folder(tmp_path, name))
+    act = common.load_policy(getattr(module, LEARNERS[name]), module.Args, run)
     action = act([[1.0, 0.0, 0.0]])
     assert action.shape == (1, 1) and abs(action).max() <= 1
 
