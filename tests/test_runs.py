@@ -185,17 +185,30 @@ def test_csv_grows_by_columns_and_resumes_without_doubles(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, capsys):
-    run, learners = make_run(tmp_path)
+    run, learners = make_run(tmp_path, eval_episodes=1, eval_every=30)
     with pytest.raises(SystemExit) as stopped:
-        for count, _ in enumerate(run.updates("update", 100)):
+        for count, _ in enumerate(run.updates("update", 100, evaluate=True)):
             learners[0].update()
             if count == 33:
                 os.kill(os.getpid(), number)
     assert stopped.value.code == 128 + number and "--resume continues" in capsys.readouterr().err
+    assert (run.folders[0] / "curve.png").exists()
     run, learners = make_run(tmp_path, resume=True)
     assert run.step == 34 and learners[0].weight == 34
     train(run, learners)
     assert learners[0].weight == 100
+
+
+def test_curves_are_drawn_now_and_then(tmp_path):
+    run, learners = make_run(tmp_path, eval_episodes=1, eval_every=10)
+    run.drawn += 1000  # seconds
+    there = []
+    for count, _ in enumerate(run.updates("update", 30, evaluate=True)):
+        learners[0].update()
+        there.append((run.folders[0] / "curve.png").exists())
+        if count == 15:
+            run.drawn -= 2000
+    assert there == [False] * 20 + [True] * 10
 
 
 def test_stride_rounds_a_phase_up(tmp_path):
