@@ -1585,7 +1585,7 @@ class Run:
             part.replace(part.with_suffix(""))
 
     def draw(self):
-        """curve.png of each seed and, with several, one with their mean and band."""
+        """From the first evaluation on: curve.png of each seed and, with several, one with their mean and band."""
         self.drawn = time.monotonic()
         if not any("return" in row for row in self.rows[0]):
             return
