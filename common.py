@@ -256,6 +256,7 @@ class Dataset:
     episode_returns: np.ndarray  # raw return of each complete episode, time-limit rows included
     make_env: Callable[[], gymnasium.Env]  # one environment for evaluation
     max_action: float = 1.0
+    fingerprint: str = ""  # of the rows as they were loaded
 
     @classmethod
     def from_arrays(
@@ -292,7 +293,8 @@ class Dataset:
         returns = np.add.reduceat(reward.astype(np.float64), first)
         returns = returns if end[-1] else returns[:-1]
         rows, episode, step = (torch.from_numpy(array) for array in (rows, episode[keep], step[keep]))
-        return cls(name, rows, obs.shape[1], action.shape[1], episode, step, returns, make_env, max_action)
+        digest = hashlib.sha256(rows.numpy()).hexdigest()[:16]
+        return cls(name, rows, obs.shape[1], action.shape[1], episode, step, returns, make_env, max_action, digest)
 
     @classmethod
     def bandit(cls, name, action, reward, terminal=True) -> "Dataset":
@@ -1101,11 +1103,51 @@ def record_video(act, env, path, seed):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def parse_args(Args, settings, proportional=(), doc=""):
-    """The settings of a run: command line, then `settings[env]` (the paper's table), then the defaults of `Args`.
+@dataclass
+class RunArgs:
+    """The settings of a run that all scripts share; each script's `Args` extends them."""
 
-    An `env` that is not in the table gets the settings of its nearest relative, and a note says so. `proportional`
-    names the fields counted in updates that keep their proportion to `steps` when `--steps` is given and they are not.
+    env: str = "halfcheetah-demo-medium-replay"
+    """Dataset: a D4RL or Minari id, a built-in set or a bandit; `--env help` lists them."""
+    seed: tuple[int, ...] = (0,)
+    """Random seeds; several train side by side on one copy of the data."""
+    steps: int = 1_000_000
+    """Updates of the last phase; other lengths keep the paper's proportion to it unless given."""
+    batch_size: int = 256
+    """Transitions per update."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<k>."""
+    eval_every: int = 50_000
+    """Updates between evaluations."""
+    eval_episodes: int = 10
+    """Episodes per evaluation; 0 for none."""
+    log_every: int = 1_000
+    """Updates between rows of metrics.csv."""
+    checkpoint_every: int = 10_000
+    """Updates between checkpoints."""
+    out: str = "runs"
+    """Folder for run folders: <out>/<script>/<env>/seed<k>."""
+    resume: bool = False
+    """Continue from the checkpoint in the run folder."""
+    data_path: str | None = None
+    """A local D4RL-style .hdf5, an .npz or a Minari folder; --env then names the environment."""
+    evaluate: str | None = None
+    """Folder of a finished run: score its policy again instead of training."""
+    video: bool = False
+    """With --evaluate: film one episode."""
+    wandb: bool = False
+    """Log to Weights & Biases too."""
+    paper_score: tyro.conf.Suppress[float | None] = None
+    """The paper's score on this dataset, from the script's table."""
+
+
+def parse_args(Args, settings, check=None, proportional=(), doc=""):
+    """The settings of a run: command line, then `settings` (the paper's table), then the defaults of `Args`.
+
+    settings: exact dataset id -> its settings, or a family of built-in data, such as "bandit" or "pendulum-demo".
+    check(args, given): the script's own; raises UserError for settings that cannot go together, before anything is
+    read. `given` names the fields that stood on the command line.
+    proportional: the fields counted in updates that keep their proportion to `steps` when it is given and they are not.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env", nargs="?", default=Args.env, const=Args.env)  # tyro will say that a value is missing
@@ -1116,23 +1158,52 @@ def parse_args(Args, settings, proportional=(), doc=""):
         sys.exit(0)
     if early.evaluate:
         table = saved_args(early.evaluate, Args)
-    elif early.env in settings:
-        table = settings[early.env] | dict(env=early.env)
     else:
-        relative = nearest_settings(early.env, settings)
-        table = settings.get(relative, {}) | dict(env=early.env)
+        table, relative = find_settings(early.env, settings)
         if relative and not {"-h", "--help"} & set(rest):
             print(f"note: no settings for {early.env} in this script; using those of {relative}")
-    default = replace(Args(), **table)
+    default = replace(Args(), **table | dict(env=table["env"] if early.evaluate else early.env))
     args = call_tyro(Args, default, doc.strip().split("\n\n")[0])
-    given = {token.split("=")[0].replace("_", "-") for token in rest}
-    for field in proportional:
-        if "--" + field.replace("_", "-") not in given:
-            setattr(args, field, round(getattr(default, field) * args.steps / default.steps))
+    given = {token.removeprefix("--").split("=")[0].replace("-", "_") for token in sys.argv[1:] if token[:2] == "--"}
+    given |= {name.removeprefix("no_") for name in given}
+    for field in ("eval_every", "log_every", *proportional):
+        if field not in given and not early.evaluate:
+            length = getattr(default, field) * args.steps / default.steps
+            setattr(args, field, round(length) if field in proportional else max(1, round(length)))
     check_args(args)
+    if check:
+        check(args, given)
     if args.device == "cpu" and args.env.startswith((*BUILT_IN, "bandit-")):
         torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much on a busy machine
     return args
+
+
+def find_settings(env, settings):
+    """The settings of `env`, and the name of its nearest relative if they are that one's (then without its score)."""
+    families = [key for key in settings if env == key or env.startswith(key + "-") and built_in(env)]
+    if families:
+        return settings[max(families, key=len)], None
+    relative = nearest_settings(env, settings)
+    return {key: value for key, value in settings.get(relative, {}).items() if key != "paper_score"}, relative
+
+
+def built_in(env):
+    """Whether `env` names data made on the spot."""
+    return env in BUILT_IN or env.startswith("bandit-")
+
+
+def at_least(args, low, *names):
+    """Refuse settings below `low`."""
+    for name in names:
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(args, name)}")
+
+
+def useless(given, names, where):
+    """Refuse flags on the command line that would do nothing there: `where` completes the sentence."""
+    for name in names:
+        if name in given:
+            raise UserError(f"--{name.replace('_', '-')} does nothing {where}")
 
 
 def list_datasets() -> str:
@@ -1177,10 +1248,8 @@ def nearest_settings(env, settings):
 
 
 def check_args(args):
-    lowest = dict(steps=1, batch_size=1, eval_every=1, eval_episodes=0, log_every=1, checkpoint_every=1)
-    for field, low in lowest.items():
-        if getattr(args, field) < low:
-            raise UserError(f"--{field.replace('_', '-')} must be at least {low}, found {getattr(args, field)}")
+    at_least(args, 1, "steps", "batch_size", "eval_every", "log_every", "checkpoint_every")
+    at_least(args, 0, "eval_episodes")
     if not args.seed or len(set(args.seed)) < len(args.seed):
         raise UserError(f"--seed takes one or more different integers, found {list(args.seed)}")
     if args.device == "auto":
@@ -1282,6 +1351,27 @@ def saved_args(folder, Args):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in names}
 
 
+def load_run(script, folder, Args, seed=None, device="cpu"):
+    """Settings (an `Args`) and checkpoint of another run of `script`.
+
+    folder: of the run, or of a run with several seeds, of which `seed` is then taken.
+    """
+    folder = Path(folder)
+    if seed is not None and (folder / f"seed{seed}").is_dir():
+        folder = folder / f"seed{seed}"
+    checkpoint, saved = load_checkpoint(folder, device), saved_args(folder, Args)
+    if not (folder / Path(script).name).exists():
+        raise UserError(f"{folder} is not a run of {Path(script).name}")
+    return replace(Args(), **saved | dict(device=str(device))), checkpoint
+
+
+def same_settings(folder, theirs, ours, names):
+    """Refuse the run in `folder` if it was made with other settings than ours: `theirs` and `ours` are dicts."""
+    changed = [f"--{name.replace('_', '-')} {theirs[name]}" for name in names if theirs[name] != ours[name]]
+    if changed:
+        raise UserError(f"{folder} was made with {', '.join(changed)}, unlike this run")
+
+
 def load_policy(Learner, Args, folder, device="cpu"):
     """A trained policy: a function from observations [n, S] to actions [n, A] in [-1, 1], numpy arrays both."""
     checkpoint = load_checkpoint(folder, device)
@@ -1320,34 +1410,38 @@ def evaluate_run(args, Learner):
 def capture(learners, phase):
     """A function that performs `learner.<phase>()` for every learner.
 
-    On CUDA each learner's update is recorded once as a CUDA graph and replayed on a stream of its own. Recording needs
-    three warm-up updates, which are taken back, so that a captured run equals a plain one.
+    On CUDA each learner's update is recorded as a CUDA graph at the first call, and replayed on a stream of its own.
     """
     updates = [getattr(learner, phase) for learner in learners]
     if learners[0].generator.device.type != "cuda":
         return lambda: [update() for update in updates]
     replays = []
-    for learner, update in zip(learners, updates):
-        before = copy.deepcopy(get_state(learner.state))
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                update()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph.register_generator_state(learner.generator)
-        with torch.cuda.graph(graph, stream=stream):
-            update()
-        take_back(learner, before)
-        replays.append((stream, graph))
-    torch.cuda.synchronize()
 
     def step():
+        if not replays:
+            replays.extend(record(learner, update) for learner, update in zip(learners, updates))
+            torch.cuda.synchronize()
         for stream, graph in replays:
             with torch.cuda.stream(stream):
                 graph.replay()
 
     return step
+
+
+def record(learner, update):
+    """The stream and the CUDA graph of one update. It needs three warm-up updates, which are taken back."""
+    before = copy.deepcopy(get_state(learner.state))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph.register_generator_state(learner.generator)
+    with torch.cuda.graph(graph, stream=stream):
+        update()
+    take_back(learner, before)
+    return stream, graph
 
 
 def take_back(learner, before):
@@ -1369,7 +1463,7 @@ def take_back(learner, before):
 # ----------------------------------------------------------------------------------------------------------------------
 
 FREE_SETTINGS = {"seed", "device", "out", "resume", "data_path", "evaluate", "video", "wandb"}  # may differ on --resume
-FREE_SETTINGS |= {"eval_every", "eval_episodes", "log_every", "checkpoint_every"}
+FREE_SETTINGS |= {"eval_every", "eval_episodes", "log_every", "checkpoint_every", "paper_score"}
 BOOKS = ("phase", "step", "done", "speed", "seconds")  # what a checkpoint holds of a Run
 
 
@@ -1378,12 +1472,12 @@ class Run:
 
     learners: one per seed, each with `state` (name -> module, optimiser, generator or tensor: all that a checkpoint
     holds), `generator`, `metrics` (a Metrics) and `act(obs [n, S], generator) -> action [n, A]`.
-    published, protocol: the paper's score on this dataset and how it was measured.
+    protocol: how the paper's score, `args.paper_score`, was measured.
     """
 
-    def __init__(self, args, learners, data, script, published=None, protocol=""):
+    def __init__(self, args, learners, data, script, protocol=""):
         self.args, self.learners, self.data, self.script = args, learners, data, Path(script)
-        self.published = None if args.data_path else published
+        self.published = None if args.data_path else args.paper_score
         self.protocol = protocol
         self.envs = None
         self.phase, self.step, self.done = "", 0, []  # where the run is; which phases are finished

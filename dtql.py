@@ -60,42 +60,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import Dataset, Metrics, Run, capture, cli, evaluate_run, load_dataset, parse_args, save_figure
+from common import Dataset, Metrics, Run, RunArgs, capture, cli, evaluate_run, load_dataset, parse_args, save_figure
 
 
 @dataclass
-class Args:
-    env: str = "halfcheetah-demo-medium-replay"
-    """Dataset: a D4RL or Minari id, a built-in set or a bandit; `--env help` lists them."""
-    seed: tuple[int, ...] = (0,)
-    """Random seeds; several train side by side on one copy of the data."""
-    steps: int = 1_000_000
-    """Updates of the last phase; other lengths keep the paper's proportion to it unless given."""
-    batch_size: int = 256
-    """Transitions per update."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:<k>."""
-    eval_every: int = 50_000
-    """Updates between evaluations."""
-    eval_episodes: int = 10
-    """Episodes per evaluation; 0 for none."""
-    log_every: int = 1_000
-    """Updates between rows of metrics.csv."""
-    checkpoint_every: int = 10_000
-    """Updates between checkpoints."""
-    out: str = "runs"
-    """Folder for run folders: <out>/<script>/<env>/seed<k>."""
-    resume: bool = False
-    """Continue from the checkpoint in the run folder."""
-    data_path: str | None = None
-    """A local D4RL-style .hdf5, an .npz or a Minari folder; --env then names the environment."""
-    evaluate: str | None = None
-    """Folder of a finished run: score its policy again instead of training."""
-    video: bool = False
-    """With --evaluate: film one episode."""
-    wandb: bool = False
-    """Log to Weights & Biases too."""
-
+class Args(RunArgs):
     # DTQL
     pretrain_steps: int = 50_000
     """Head start of behaviour model and critics, in updates."""
@@ -515,7 +484,8 @@ def main():
     data.reward.add_(args.reward_offset)
     data = data.to(args.device)
     learners = [DTQL(args, data, seed) for seed in args.seed]
-    run = Run(args, learners, data, __file__, PUBLISHED.get(args.env), PROTOCOL)
+    args.paper_score = PUBLISHED.get(args.env)
+    run = Run(args, learners, data, __file__, PROTOCOL)
 
     def at_end():
         if args.behavior_reg == "kl" and args.pretrain_steps:
