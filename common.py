@@ -297,15 +297,16 @@ class Dataset:
         return cls(name, rows, obs.shape[1], action.shape[1], episode, step, returns, make_env, max_action, digest)
 
     @classmethod
-    def bandit(cls, name, action, reward, terminal=True) -> "Dataset":
+    def bandit(cls, name, action, reward, terminal=True, noise=0.0) -> "Dataset":
         """One state, actions [N, A], and `reward`, a function of actions [n, A] to [n] (torch).
 
         terminal False: the state leads back to itself for ever, so that values add up discounted rewards.
+        noise [N]: added to the rewards of the data, not to those of the environment.
         """
         state, over = np.zeros((len(action), 1), np.float32), np.ones(len(action), bool)
         largest = float(action.abs().max())
         return cls.from_arrays(
-            name, state, action.numpy(), reward(action).numpy(), over & terminal, over & (not terminal),
+            name, state, action.numpy(), (reward(action) + noise).numpy(), over & terminal, over & (not terminal),
             functools.partial(Bandit, reward, largest, action.shape[1]), next_obs=state, max_action=largest,
         )  # fmt: skip
 
@@ -341,14 +342,19 @@ def load_dataset(
 ) -> Dataset:
     """Transitions for `env`, on the CPU, actions in [-1, 1].
 
-    env: a D4RL name, a Minari id, or a built-in name; with `data_path` (D4RL-style .hdf5, .npz, or a Minari dataset's
-        folder) also a Gymnasium id, because then it only names the environment.
+    env: a D4RL name, a Minari id, a built-in name, or a 2-D scene, whose actions keep their scale (`max_action`); with
+        `data_path` (D4RL-style .hdf5, .npz, or a Minari dataset's folder) also a Gymnasium id, because then it only
+        names the environment.
     timeout_rule: terminal [N] bool -> timeout [N] bool, instead of the data's own time limits.
     true_next_obs: at terminal rows take next_obs from the file's next_observations, or else the row's own obs, in place
         of the next episode's first state.
     Minari data hold every true successor, so neither of the two is needed there: their time-limit rows are kept.
     Raises UserError or RunError with one sentence that says what to do.
     """
+    if env in SCENES:
+        if data_path:
+            raise UserError(f"{env} makes its own data, so --data-path cannot be used with it")
+        return load_scene(env)
     path = Path(data_path).expanduser() if data_path else None
     minari = path.is_dir() if path else is_minari(env)
     if path:
@@ -367,7 +373,8 @@ def load_dataset(
 
     with make_env(env) as judge:
         check_arrays(raw, env, judge)
-        horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else judge.spec and judge.spec.max_episode_steps
+        horizon = None if judge.assumed_limit or not judge.spec else judge.spec.max_episode_steps
+        horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else horizon
     set_timeouts(raw, env, horizon, timeout_rule)
     if true_next_obs and not minari:
         raw["ends"] = raw.pop("next_obs", raw["obs"])
@@ -380,7 +387,7 @@ def load_dataset(
 def unknown_dataset(env: str) -> UserError:
     if env in gymnasium.registry:
         return UserError(f'"{env}" is an environment, not a dataset: give its data by --data-path, or see --env help')
-    near = nearest(env, [*DATASETS, *BUILT_IN, *MINARI_IDS])
+    near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES, *MINARI_IDS])
     return UserError(f'unknown dataset "{env}": did you mean {near}? --env help lists all')
 
 
@@ -744,17 +751,132 @@ def make_pendulum_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.
     return demo_arrays({key: np.stack(value, axis=1).astype(np.float32) for key, value in steps.items()})
 
 
+# 2-D scenes of the papers: one state, 10,000 actions, a reward that depends on the action alone
+
+
+uniform = lambda g: torch.rand(10_000, generator=g)
+pick = lambda centers, g: centers[torch.randint(len(centers), (10_000,), generator=g)]
+polar = lambda radius, angle: torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+
+def grid25(g):
+    side = torch.linspace(-10, 10, 5)
+    return torch.cartesian_prod(side, side).repeat_interleave(400, 0)
+
+
+def roll(g):
+    t = 1.5 * math.pi * (1 + 2 * uniform(g))
+    return polar(t, t)
+
+
+two = lambda g: pick(torch.tensor([[-0.6, 0.6], [0.4, 0.2]]), g)
+three = lambda g: pick(torch.tensor([[-0.6, 0.6], [0.4, 0.4], [-0.4, -0.4]]), g)
+eight = lambda g: polar(4 / 1.414, math.pi / 4 * (8 * uniform(g)).floor())
+small_roll = lambda g: roll(g) / 5
+rings = lambda g: polar(0.75 * (1 + (4 * uniform(g)).floor()), 2 * math.pi * uniform(g))
+ring = lambda g: polar(1, 1.5 * math.pi * uniform(g))
+
+
+def moons(g):
+    upper = polar(1, torch.linspace(0, math.pi, 20))
+    return pick(in_dac_box(torch.cat([upper, torch.tensor([1.0, 0.5]) - upper])), g)
+
+
+def circles(g):
+    circle = polar(1, torch.linspace(0, 2 * math.pi, 21)[:20])
+    return pick(in_dac_box(torch.cat([circle, 0.8 * circle])), g)
+
+
+def in_dac_box(shape):
+    low, high = shape.amin(0), shape.amax(0)
+    return 1.1 * (shape - low) / (high - low) + torch.tensor([-0.8, -0.2])
+
+
+def checkerboard(g):
+    x, half = 4 * uniform(g) - 2, uniform(g) < 0.5
+    return 2 * torch.stack([x, uniform(g) - 2 * half + x.floor() % 2], 1)
+
+
+def spirals(g):
+    t, arm = 3 * math.pi * uniform(g).sqrt(), (uniform(g) < 0.5)[:, None]
+    point = polar(t, math.pi - t) + torch.stack([uniform(g), uniform(g)], 1) / 2
+    return torch.where(arm, point, -point) / 3
+
+
+def wave(g):
+    t = math.pi * uniform(g)
+    return torch.stack([2 * t / math.pi - 1, -0.6 * (2 * t).sin()], 1)
+
+
+far = lambda action, data: action.norm(dim=1)
+near = lambda action, data: data.norm(dim=1).max() - action.norm(dim=1)
+hard = lambda action, data: torch.where((action[:, 0] < -7.5) & (action[:, 1] > 7.5), 2, 1) * action.norm(dim=1)
+same = lambda action, data: 0 * action[:, 0]
+cone = lambda action, data: -(action - torch.tensor([0.4, -0.4])).norm(dim=1)
+bowl = lambda action, data: -((action - torch.tensor([1.5, 3.0])) ** 2).sum(1)
+corner = lambda action, data: action.sum(1)
+
+
+class Scene(NamedTuple):
+    points: Callable  # generator -> [10000, 2]
+    std: float  # of the Gaussian noise that makes points actions
+    reward: Callable  # actions [n, 2], the actions of the data -> [n]
+    reward_std: float = 0.0  # of the noise on the rewards in the data
+    limit: float = math.inf  # actions are clipped to [-limit, limit]
+    terminal: bool = True  # False: the state leads back to itself for ever, so that values add up discounted rewards
+
+
+SCENES = {
+    # DTQL, Sec. 3 and App. F.1: the reward depends on the radius
+    "bandit-25gaussians-far": Scene(grid25, 0.3, far, terminal=False),
+    "bandit-25gaussians-near": Scene(grid25, 0.3, near, terminal=False),
+    "bandit-25gaussians-hard": Scene(grid25, 0.3, hard, terminal=False),  # pays double in one corner
+    "bandit-25gaussians-same": Scene(grid25, 0.3, same, terminal=False),
+    "bandit-swissroll-far": Scene(roll, 0.1, far, terminal=False),
+    "bandit-swissroll-near": Scene(roll, 0.1, near, terminal=False),
+    "bandit-swissroll-same": Scene(roll, 0.1, same, terminal=False),
+    # DAC, official code: a noisy reward, best at (0.4, -0.4); the name moons is SRPO's too, for wider ones
+    "bandit-2gaussians": Scene(two, 0.1, cone, 0.5, 1.0),
+    "bandit-3gaussians": Scene(three, 0.1, cone, 0.5, 1.0),
+    "bandit-moons": Scene(moons, 0.05, cone, 0.5, 1.0),
+    "bandit-circles": Scene(circles, 0.05, cone, 0.5, 1.0),
+    # SRPO, Sec. 3 and App. A: densities without a reward; here its -|a - target|^2 with one target, (1.5, 3)
+    "bandit-8gaussians": Scene(eight, 0.5 / 1.414, bowl),
+    "bandit-checkerboard": Scene(checkerboard, 0.0, bowl),
+    "bandit-swissroll": Scene(small_roll, 0.2, bowl),
+    "bandit-rings": Scene(rings, 0.08, bowl),
+    "bandit-2spirals": Scene(spirals, 0.1, bowl),
+    # CPED: the reward is greatest in a corner far from the data
+    "bandit-ring": Scene(ring, 0.05, corner),
+    "bandit-wave": Scene(wave, 0.05, corner),
+}
+
+
+def load_scene(name: str) -> Dataset:
+    scene, g = SCENES[name], torch.Generator().manual_seed(0)
+    action = scene.points(g)
+    action = (action + scene.std * torch.randn(action.shape, generator=g)).clamp(-scene.limit, scene.limit)
+    noise = scene.reward_std * torch.randn(len(action), generator=g)
+    return Dataset.bandit(name, action, functools.partial(scene.reward, data=action), scene.terminal, noise)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Environments
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_env(env, render_mode=None):
+def make_env(env, render_mode=None, max_episode_steps=1000):
     """One evaluation environment: observations are flat float32 [S], actions are [A] in [-1, 1].
 
-    env: a D4RL name (with D4RL's time limits and rules of ending), the name of a built-in dataset, the id of a Minari
-    dataset stored here (the environment that it names), or any id in Gymnasium's registry.
+    env: a D4RL name (with D4RL's time limits and rules of ending), the name of a built-in dataset or 2-D scene (whose
+    actions keep their scale), the id of a Minari dataset stored here (the environment that it names), or any id in
+    Gymnasium's registry.
+    max_episode_steps: the time limit where the environment has none; `assumed_limit` then holds it, else None.
     """
+    if env in SCENES:
+        if render_mode:
+            raise UserError(f"{env} has one state and nothing to film; see its bandit.png")
+        return load_scene(env).make_env()
     mujoco.set_mju_user_warning(on_mujoco_warning)
     options = {"render_mode": render_mode, "disable_env_checker": True}
     if env in DATASETS or env in BUILT_IN:
@@ -770,16 +892,19 @@ def make_env(env, render_mode=None):
         if env.startswith(("mujoco/", "D4RL/")):  # published sets, recorded before mujoco 3.5
             restore_margins(raw)
     else:
-        near = nearest(env, [*DATASETS, *BUILT_IN, *gymnasium.registry])
+        near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES, *gymnasium.registry])
         raise UserError(f"unknown environment '{env}': did you mean {near}?")
-    return FlatEnv(raw, env)
+    if raw.spec and raw.spec.max_episode_steps:
+        return FlatEnv(raw, env)
+    return FlatEnv(gymnasium.wrappers.TimeLimit(raw, max_episode_steps), env, assumed_limit=max_episode_steps)
 
 
 class FlatEnv(gymnasium.Wrapper):
     """Flat float32 observations, actions clipped to [-1, 1] and then stretched to `original_action_space`."""
 
-    def __init__(self, env, name):
+    def __init__(self, env, name, assumed_limit=None):
         super().__init__(env)
+        self.assumed_limit = assumed_limit
         box = env.action_space
         if not isinstance(box, spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
             raise UserError(f"{name} has the action space {box}; only bounded vectors of continuous actions work here")
@@ -976,7 +1101,9 @@ class Bandit(gymnasium.Env):
     not rescaled.
     """
 
-    def __init__(self, reward, max_action=1.0, dim=2):
+    assumed_limit = None
+
+    def __init__(self, reward, max_action=1.0, dim=2, max_episode_steps=1):
         self.reward = reward
         self.observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
         self.action_space = spaces.Box(-max_action, max_action, (dim,), np.float32)

@@ -24,7 +24,7 @@ def plain_env(name):
     box = env.action_space
     if isinstance(env.observation_space, gymnasium.spaces.Dict):
         env = gymnasium.wrappers.FlattenObservation(env)
-    env.original_action_space = box
+    env.original_action_space, env.assumed_limit = box, None
     return env
 
 
@@ -302,6 +302,101 @@ def test_facts():
     assert common.DATASETS["pen-human-v1"].path == "hand_dapg_v1/pen-human-v1.hdf5"
     assert all(len(source.sha256) in (0, 64) for source in common.DATASETS.values())
     assert all(name in common.list_datasets() for name in [*common.DATASETS, *common.BUILT_IN])
+
+
+# 2-D scenes
+
+
+@pytest.mark.parametrize("name", common.SCENES)
+def test_scene(name):
+    data, env = common.load_dataset(name), common.make_env(name)
+    assert len(data) == 10_000 and data.obs_dim == 1 and data.action_dim == 2
+    assert data.action.abs().max() == data.max_action == env.action_space.high[0]
+    assert torch.equal(data.rows, common.load_dataset(name).rows) and len(data.fingerprint) == 16
+    scene, policy = common.SCENES[name], data.action[:200].numpy()
+    paid = common.evaluate(lambda obs: policy[: len(obs)], [env] * 200, seed=0)
+    noise = data.reward[:200].numpy() - paid
+    assert abs(noise.std() - scene.reward_std) < 0.06 and abs(noise.mean()) < 0.12
+    assert data.terminal.all() == scene.terminal and data.terminal.any() == scene.terminal
+    np.testing.assert_allclose(data.episode_returns, data.reward)
+
+
+def spread(name):
+    """Mean and standard deviation [2, 2] of a scene's actions."""
+    action = common.load_dataset(name).action
+    return torch.stack([action.mean(0), action.std(0)])
+
+
+@pytest.mark.parametrize(
+    "name, center, std",
+    [  # by arithmetic from the definitions in the official codes
+        ("25gaussians-far", (0, 0), (50 + 0.09,) * 2),
+        ("2gaussians", (-0.1, 0.4), (0.25 + 0.01, 0.04 + 0.01)),
+        ("3gaussians", (-0.2, 0.2), (0.56 / 3 + 0.01, 0.56 / 3 + 0.01)),
+        ("8gaussians", (0, 0), (4 + 0.125,) * 2),
+        ("checkerboard", (0, 0), (16 / 3,) * 2),
+        ("rings", (0, 0), (0.5 * 0.5625 * 7.5 + 0.0064,) * 2),
+    ],
+)
+def test_scene_moments(name, center, std):
+    expected = torch.tensor([center, [value**0.5 for value in std]])
+    torch.testing.assert_close(spread(f"bandit-{name}"), expected, rtol=0.03, atol=0.05)
+
+
+def test_scene_shapes():
+    action = {name: common.load_dataset(name).action for name in common.SCENES}
+    x, y = (action["bandit-checkerboard"] / 2).T
+    assert torch.all((x.floor() + y.floor()) % 2 == 0)
+    for roll, scale, noise in (("swissroll-far", 1, 0.1), ("swissroll", 5, 1.0)):  # the angle tells the radius
+        a, b = scale * action[f"bandit-{roll}"].T
+        off = torch.remainder((a**2 + b**2).sqrt() - torch.atan2(b, a) + np.pi, 2 * np.pi) - np.pi
+        assert 0.8 * noise < off.std() < 1.3 * noise, roll
+    a, b = 3 * action["bandit-2spirals"].T  # two arms, half a turn apart
+    radius = (a**2 + b**2).sqrt()
+    off = torch.remainder(radius + torch.atan2(b, a) + np.pi / 2, np.pi) - np.pi / 2
+    assert off[radius > 3].std() < 0.5  # 0.9 if the angle told nothing
+    radius = action["bandit-ring"].norm(dim=1)
+    assert abs(radius.mean() - 1) < 0.01 and abs(radius.std() - 0.05) < 0.005
+    a, b = action["bandit-wave"].T
+    assert (b + 0.6 * torch.sin(np.pi * (a + 1))).std() < 0.15
+    radius = action["bandit-rings"].norm(dim=1) / 0.75
+    assert ((radius - radius.round()).abs() < 0.4).float().mean() > 0.99 and set(radius.round().tolist()) == {
+        1,
+        2,
+        3,
+        4,
+    }
+    for name in ("moons", "circles"):  # the official codes' boxes around them
+        a, b = action[f"bandit-{name}"].T
+        assert abs(a.min() + 0.9) < 0.15 and a.max() < 0.6 and abs(b.min() + 0.3) < 0.15 and b.max() == 1.0
+
+
+def test_scene_rewards():
+    """At some points, by hand; `largest` is the radius of the outermost action."""
+    point = torch.tensor([[-9.0, 12.0], [3.0, 4.0], [0.4, -0.4]])
+    largest = common.load_dataset("bandit-25gaussians-far").action.norm(dim=1).max()
+    expected = {
+        "25gaussians-far": [15, 5, 0.32**0.5],
+        "25gaussians-near": [largest - 15, largest - 5, largest - 0.32**0.5],
+        "25gaussians-hard": [30, 5, 0.32**0.5],
+        "25gaussians-same": [0, 0, 0],
+        "moons": [-((9.4**2 + 12.4**2) ** 0.5), -((2.6**2 + 4.4**2) ** 0.5), 0],
+        "rings": [-(10.5**2 + 81), -(1.5**2 + 1), -(1.1**2 + 3.4**2)],
+        "wave": [3, 7, 0],
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(
+            common.make_env(f"bandit-{name}").reward(point), torch.tensor(values).float(), msg=name
+        )
+
+
+def test_scene_errors(tmp_path):
+    with pytest.raises(common.UserError, match='unknown dataset "bandit-8gaussian".*bandit-8gaussians'):
+        common.load_dataset("bandit-8gaussian")
+    with pytest.raises(common.UserError, match="makes its own data"):
+        common.load_dataset("bandit-moons", write(tmp_path / "x.npz", arrays()))
+    with pytest.raises(common.UserError, match="nothing to film"):
+        common.make_env("bandit-moons", render_mode="rgb_array")
 
 
 # Minari

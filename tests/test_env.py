@@ -1,5 +1,6 @@
 """Environments, scores and evaluation of common.py."""
 
+import dataclasses
 import random
 import subprocess
 import sys
@@ -172,6 +173,33 @@ def test_wrong_names(name, words):
     with pytest.raises(common.UserError) as caught:
         common.make_env(name)
     assert words in str(caught.value) and "\n" not in str(caught.value) and caught.value.code == 2
+
+
+class Endless(gymnasium.Env):
+    """Never ends by itself."""
+
+    def __init__(self, render_mode=None):
+        pass
+
+    action_space = observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 1.0, False, False, {}
+
+
+def test_a_missing_time_limit_is_added(monkeypatch):
+    spec = gymnasium.envs.registration.EnvSpec("Endless-v0", Endless)
+    monkeypatch.setitem(gymnasium.registry, "Endless-v0", spec)
+    for given, limit in (({}, 1000), ({"max_episode_steps": 30}, 30)):
+        env = common.make_env("Endless-v0", **given)
+        assert env.assumed_limit == limit
+        assert common.evaluate(lambda obs: np.zeros((len(obs), 2)), [env], seed=0) == [limit]
+    monkeypatch.setitem(gymnasium.registry, "Endless-v0", dataclasses.replace(spec, max_episode_steps=7))
+    env = common.make_env("Endless-v0", max_episode_steps=30)  # its own limit stays
+    assert env.assumed_limit is None and env.spec.max_episode_steps == 7
 
 
 # AntMaze
