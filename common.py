@@ -1326,6 +1326,13 @@ def at_least(args, low, *names):
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(args, name)}")
 
 
+def at_most(args, high, *names):
+    """Refuse settings above `high`, and what is not a number."""
+    for name in names:
+        if not getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {high}, found {getattr(args, name)}")
+
+
 def useless(given, names, where):
     """Refuse flags on the command line that would do nothing there: `where` completes the sentence."""
     for name in names:

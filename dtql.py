@@ -4,8 +4,9 @@ Tianyu Chen, Zhendong Wang, Mingyuan Zhou: "Diffusion Policies Creating a Trust 
 Learning", NeurIPS 2024, arXiv:2405.19690.
 Official code: github.com/TianyuCodings/Diffusion_Trusted_Q_Learning, commit 9a29cea.
 
-    python dtql.py                              # built-in HalfCheetah data, minutes on a CPU core
-    python dtql.py --env hopper-medium-v2       # the paper's run
+    python dtql.py                                # built-in HalfCheetah data, minutes on a CPU core
+    python dtql.py --env hopper-medium-v2         # the paper's run
+    python dtql.py --env bandit-25gaussians-far   # the paper's 2-D example; result: bandit.png
 
 A diffusion model mu of the behaviour policy is trained but never sampled: its denoising loss, taken at the action of a
 one-step policy pi, says how far that action is from the data, and so draws a trust region in which pi climbs Q.
@@ -17,35 +18,42 @@ one-step policy pi, says how far that action is from the data, and so draws a tr
     actor      L_pi  = alpha L_TR - E min(Q1, Q2)(s, a_pi) - w_nll E log pi(a | s)         Eq. 5  actor_step
     ablation   L_KL  = KL(pi || mu), from a second diffusion model of pi's own actions     Eq. 8  kl_loss
 
-Each iteration (Alg. 1, `update`): critic and value, behaviour, actor, target critic. The behaviour model and the
-critics have a head start of 50,000 updates (`pretrain`). To act (App. D, `act`): draw 1024 actions from pi, pick one
-with probability softmax(target Q). App. B: ln(sigma) in `sample_sigma`, c_skip, c_out, c_in, c_noise in `denoise`,
-w = 1 / c_out^2. App. C: Alg. 2 is `pretrain`, `start_from_behavior`, `kl_loss`, and the fake model in `actor_step`.
-Sec. 2.4: `nll_loss`. Eq. 1 is Eq. 2 without states, 10 is Eq. 4 in terms of noise and 11 its gradient, 12 is Eq. 8;
-3 (the bound that L_TR maximises) and 9 (SDS, not used) only argue.
+    Algorithm 1  50,000 times: behaviour, critic and value                                 pretrain
+                 then: critic and value, behaviour, actor, target critic                   update
+    App. B       sigma; c_skip, c_out, c_in, c_noise; w = 1 / c_out^2                      sample_sigma, denoise
+    App. C       Algorithm 2: the ablation                                                 DTQLKL
+    App. D       to act: 1024 actions of pi, one with probability softmax(target Q)        act
 
-Differences between paper, official code and this file (which follows the code unless a flag is named):
- 1. The paper sums the squared error of Eq. 2 and 4 over action dimensions; code and this file average. alpha in Table 4
-    belongs to the average: for the sum use alpha divided by the number of dimensions.
- 2. The code clamps the denoised action to the action box in both losses (not in the bandits): --no-clip-denoised.
- 3. App. B prints c_in = 1 / (sigma^2 + sigma_data^2) and noise "a + n"; EDM and the code: 1 / sqrt(.) and a + sigma n.
- 4. Eq. 7 prints gamma r and no terminal; code and this file use r + gamma (1 - terminal) V(s').
- 5. The code's critic learns at 3e-4 on every dataset, whatever Table 4 says of the rest: --critic-lr.
- 6. The likelihood term is the density of atanh(a / 1.001) before the tanh, without its Jacobian (constant in theta).
- 7. V and the actor use the online critics; the target critic is read only to choose among the 1024 candidates. The
-    head start trains V too, and leaves the target critic alone.
- 8. The denoiser has five linear layers of which the first has no activation; Q has LayerNorm, V has not. The actor
-    has three hidden layers and a head, orthogonal weights, and log std cut to [-5, 2].
- 9. Learning-rate decay, where Table 4 says so, is a cosine to zero for all three optimisers after the head start.
-10. AntMaze-v2 medium and large run 500,000 updates in Table 4, 300,000 to 400,000 in the code: the paper's here.
-11. The code keeps an averaged actor that nothing reads, and resets the environment before every update: both dropped.
-12. KL ablation: Alg. 2 freezes mu and has no Q; the code trains mu on and maximises Q, as here. Its generator calls
-    the raw network at noise level 2.5 and leaves actions unbounded. |a - mu| in its weight is kept above 1e-8 here.
-13. Bandits: the code takes all 10,000 points as one batch; here 512 are drawn per update (--batch-size 10000). Its
-    weight is on Q, 5 for the trust region in swissroll-far and else 1: --alpha 0.2. Three of the five published
-    pictures of the trust region are of seed 2.
-14. Sec. 4.3 says that EDM breaks the condition of Theorem 1. So it is with EDM's log-normal sigma; with App. B's,
-    as in the code and here, the condition holds: up to a constant L_TR = -2 E log p(a + sigma n), p the noised data.
+Eq. 1 is Eq. 2 without states, 10 is Eq. 4 in terms of noise and 11 its gradient, 12 is Eq. 8; 3 (the bound that L_TR
+maximises) and 9 (SDS, not used) only argue.
+
+    The paper (P) or its code (C)                           This file, which follows C where nothing else is said
+ 1. P: Eq. 2 and 4 sum over action dimensions               the mean; Table 4's alpha belongs to it (for the sum: divide
+                                                            alpha by the number of dimensions)
+ 2. C: denoised actions clamped to the action box, except   --no-clip-denoised
+    in bandits
+ 3. P: c_in = 1 / (sigma^2 + sigma_data^2), noise a + n     1 / sqrt(.) and a + sigma n, as in EDM
+ 4. P: Eq. 7 has gamma r and no terminal                    r + gamma (1 - terminal) V(s')
+ 5. P: Table 4 has one learning rate for each dataset       the critic's is 3e-4 everywhere: --critic-lr
+ 6. P: log pi(a | s)                                        of atanh(a / 1.001), without the tanh's Jacobian, which
+                                                            theta cannot change
+ 7. P: does not say which critics are read                  V and actor: online; the choice of 1024: target, which rests
+                                                            in `pretrain`, where V learns too
+ 8. P: "4-layer" denoiser, "3-layer" actor                  5 linear layers, the first without activation; 3 hidden
+                                                            layers, orthogonal; log std in [-5, 2]; LayerNorm in Q only
+ 9. P: which datasets decay the learning rate, not how      cosine to zero, all optimisers, from `update` on
+10. C: 300,000 to 400,000 updates on AntMaze-v2's medium    500,000, as in Table 4
+    and large
+11. C: an averaged actor that nothing reads; env.reset()    neither
+    before each update
+12. P: Alg. 2 freezes mu and has no Q                       mu trains on, Q is maximised; the generator is the raw net
+                                                            at noise level 2.5, actions unbounded. Not as in C: |a - mu|
+                                                            in the weight is kept above 1e-8
+13. C: bandits take all 10,000 points as one batch, and     512 drawn (--batch-size 10000); alpha is 0.2 there. Three of
+    weigh Q by 5 in swissroll-far                           P's five pictures of the trust region are of seed 2
+14. P: Sec. 4.3: EDM breaks the condition of Theorem 1      App. B's sigma (not EDM's log-normal one) meets it: L_TR =
+                                                            -(2 / A) E log p(a + sigma n) + const, p the noised data,
+                                                            A the number of action dimensions
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
 `Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; the README has 20 lines.
@@ -54,13 +62,27 @@ To lift this file out: bring your own `load_dataset` (a `sample(batch_size, gene
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import Dataset, Metrics, Run, RunArgs, capture, cli, evaluate_run, load_dataset, parse_args, save_figure
+from common import (
+    Metrics,
+    Run,
+    RunArgs,
+    UserError,
+    at_least,
+    at_most,
+    capture,
+    cli,
+    evaluate_run,
+    load_dataset,
+    parse_args,
+    useless,
+)
 
 
 @dataclass
@@ -70,8 +92,10 @@ class Args(RunArgs):
     """Head start of behaviour model and critics, in updates."""
     gamma: float = 0.99
     """Discount."""
-    lr: float = 3e-4
-    """Learning rate of behaviour model and actor (Table 4)."""
+    behavior_lr: float = 3e-4
+    """Learning rate of the diffusion models (Table 4)."""
+    actor_lr: float = 3e-4
+    """Learning rate of the actor (Table 4)."""
     critic_lr: float = 3e-4
     """Learning rate of Q and V."""
     lr_decay: bool = False
@@ -102,66 +126,66 @@ class Args(RunArgs):
     """Added to every reward (AntMaze: -1)."""
 
 
-def table4(lr, alpha, expectile, nll_weight, lr_decay, epochs, batch_size=256, **more):
-    return dict(lr=lr, alpha=alpha, expectile=expectile, nll_weight=nll_weight, lr_decay=lr_decay, steps=1000 * epochs,
-                batch_size=batch_size, **more)  # fmt: skip
+def table4(lr, alpha, expectile, nll_weight, lr_decay, epochs, score, **more):
+    return dict(behavior_lr=lr, actor_lr=lr, alpha=alpha, expectile=expectile, nll_weight=nll_weight,
+                lr_decay=lr_decay, steps=1000 * epochs, paper_score=score, **more)  # fmt: skip
 
 
-MAZE = dict(batch_size=2048, reward_offset=-1.0, eval_episodes=100)
-PAPER = {  # Table 4 (batch sizes from the official code); epochs of 1000 updates
-    "halfcheetah-medium-v2": table4(3e-4, 1, 0.7, 0, False, 1000),
-    "halfcheetah-medium-replay-v2": table4(3e-4, 5, 0.7, 0, False, 1000),
-    "halfcheetah-medium-expert-v2": table4(3e-4, 50, 0.7, 0, False, 1000),
-    "hopper-medium-v2": table4(1e-4, 5, 0.7, 0, True, 1000),
-    "hopper-medium-replay-v2": table4(3e-4, 5, 0.7, 0, False, 1000),
-    "hopper-medium-expert-v2": table4(3e-4, 20, 0.7, 0, False, 1000),
-    "walker2d-medium-v2": table4(3e-4, 5, 0.7, 0, True, 1000),
-    "walker2d-medium-replay-v2": table4(3e-4, 5, 0.7, 0, True, 1000),
-    "walker2d-medium-expert-v2": table4(3e-4, 5, 0.7, 0, True, 1000),
-    "antmaze-umaze-v0": table4(3e-4, 1, 0.9, 1, False, 500, **MAZE),
-    "antmaze-umaze-diverse-v0": table4(3e-5, 1, 0.9, 1, True, 500, **MAZE),
-    "antmaze-medium-play-v0": table4(3e-4, 1, 0.9, 1, False, 400, **MAZE),
-    "antmaze-medium-diverse-v0": table4(3e-4, 1, 0.9, 1, False, 400, **MAZE),
-    "antmaze-large-play-v0": table4(3e-4, 1, 0.9, 1, False, 350, **MAZE),
-    "antmaze-large-diverse-v0": table4(3e-4, 0.5, 0.9, 1, False, 300, **MAZE),
-    "antmaze-umaze-v2": table4(3e-4, 1, 0.9, 1, False, 500, **MAZE),
-    "antmaze-umaze-diverse-v2": table4(3e-5, 1, 0.9, 1, True, 500, **MAZE),
-    "antmaze-medium-play-v2": table4(3e-4, 1, 0.9, 1, False, 500, **MAZE),
-    "antmaze-medium-diverse-v2": table4(3e-4, 1, 0.9, 1, False, 500, **MAZE),
-    "antmaze-large-play-v2": table4(3e-4, 1, 0.9, 1, False, 500, **MAZE),
-    "antmaze-large-diverse-v2": table4(3e-4, 0.5, 0.9, 1, False, 500, **MAZE),
-    "pen-human-v1": table4(3e-5, 1500, 0.9, 0, True, 300, eval_episodes=100),
-    "pen-cloned-v1": table4(1e-5, 1500, 0.7, 0, False, 200, eval_episodes=100),
-    "kitchen-complete-v0": table4(1e-4, 200, 0.7, 0, True, 500, eval_episodes=100),
-    "kitchen-partial-v0": table4(1e-4, 100, 0.7, 0, True, 1000, eval_episodes=100),
-    "kitchen-mixed-v0": table4(3e-4, 200, 0.7, 0, True, 500, eval_episodes=100),
+MAZE = dict(batch_size=2048, reward_offset=-1.0, eval_episodes=100)  # batch size: official code
+HUNDRED = dict(eval_episodes=100)
+PAPER = {  # Table 4: lr, alpha, expectile, w_nll, lr decay, epochs of 1000 updates; Table 1 (AntMaze-v2: 6): score
+    "halfcheetah-medium-v2": table4(3e-4, 1, 0.7, 0, False, 1000, 57.9),
+    "halfcheetah-medium-replay-v2": table4(3e-4, 5, 0.7, 0, False, 1000, 50.9),
+    "halfcheetah-medium-expert-v2": table4(3e-4, 50, 0.7, 0, False, 1000, 92.7),
+    "hopper-medium-v2": table4(1e-4, 5, 0.7, 0, True, 1000, 99.6),
+    "hopper-medium-replay-v2": table4(3e-4, 5, 0.7, 0, False, 1000, 100.0),
+    "hopper-medium-expert-v2": table4(3e-4, 20, 0.7, 0, False, 1000, 109.3),
+    "walker2d-medium-v2": table4(3e-4, 5, 0.7, 0, True, 1000, 89.4),
+    "walker2d-medium-replay-v2": table4(3e-4, 5, 0.7, 0, True, 1000, 88.5),
+    "walker2d-medium-expert-v2": table4(3e-4, 5, 0.7, 0, True, 1000, 110.0),
+    "antmaze-umaze-v0": table4(3e-4, 1, 0.9, 1, False, 500, 94.8, **MAZE),
+    "antmaze-umaze-diverse-v0": table4(3e-5, 1, 0.9, 1, True, 500, 78.8, **MAZE),
+    "antmaze-medium-play-v0": table4(3e-4, 1, 0.9, 1, False, 400, 79.6, **MAZE),
+    "antmaze-medium-diverse-v0": table4(3e-4, 1, 0.9, 1, False, 400, 82.2, **MAZE),
+    "antmaze-large-play-v0": table4(3e-4, 1, 0.9, 1, False, 350, 52.0, **MAZE),
+    "antmaze-large-diverse-v0": table4(3e-4, 0.5, 0.9, 1, False, 300, 54.0, **MAZE),
+    "antmaze-umaze-v2": table4(3e-4, 1, 0.9, 1, False, 500, 92.6, **MAZE),
+    "antmaze-umaze-diverse-v2": table4(3e-5, 1, 0.9, 1, True, 500, 74.4, **MAZE),
+    "antmaze-medium-play-v2": table4(3e-4, 1, 0.9, 1, False, 500, 76.0, **MAZE),
+    "antmaze-medium-diverse-v2": table4(3e-4, 1, 0.9, 1, False, 500, 80.6, **MAZE),
+    "antmaze-large-play-v2": table4(3e-4, 1, 0.9, 1, False, 500, 59.2, **MAZE),
+    "antmaze-large-diverse-v2": table4(3e-4, 0.5, 0.9, 1, False, 500, 62.0, **MAZE),
+    "pen-human-v1": table4(3e-5, 1500, 0.9, 0, True, 300, 64.1, **HUNDRED),
+    "pen-cloned-v1": table4(1e-5, 1500, 0.7, 0, False, 200, 81.3, **HUNDRED),
+    "kitchen-complete-v0": table4(1e-4, 200, 0.7, 0, True, 500, 80.8, **HUNDRED),
+    "kitchen-partial-v0": table4(1e-4, 100, 0.7, 0, True, 1000, 74.4, **HUNDRED),
+    "kitchen-mixed-v0": table4(3e-4, 200, 0.7, 0, True, 500, 60.2, **HUNDRED),
 }
+KL_SCORES = {"halfcheetah-medium-v2": 24.1, "hopper-medium-v2": 15.0, "walker2d-medium-v2": 3.4}  # Table 5
 DEMO = dict(hidden=64, behavior_hidden=64, candidates=64, batch_size=128, eval_every=2_000, log_every=500,
             alpha=20.0, expectile=0.9, lr_decay=True)  # fmt: skip
-BANDIT = dict(steps=3_500, pretrain_steps=0, batch_size=512, lr=3e-3, critic_lr=3e-3, expectile=0.95, alpha=1.0,
-              clip_denoised=False, behavior_hidden=128, time_dim=4, eval_every=500, log_every=100)  # fmt: skip
-OURS = {  # settings of this project: built-in data on two CPU cores, and the paper's bandits (Sec. 3, App. F.1)
-    "halfcheetah-demo-medium-replay": DEMO | dict(steps=16_000, pretrain_steps=2_000),
-    "pendulum-demo-medium": DEMO
-    | dict(steps=4_000, pretrain_steps=500, eval_every=1_000, alpha=5.0, gamma=0.95, lr=1e-3, critic_lr=1e-3),
-    **{f"bandit-25gaussians-{reward}": BANDIT for reward in ("far", "near", "hard", "same")},
-    **{f"bandit-swissroll-{reward}": BANDIT for reward in ("far", "near", "same")},
-}
-PUBLISHED = {  # Table 1; AntMaze-v2: Table 6
-    "halfcheetah-medium-v2": 57.9, "hopper-medium-v2": 99.6, "walker2d-medium-v2": 89.4,
-    "halfcheetah-medium-replay-v2": 50.9, "hopper-medium-replay-v2": 100.0, "walker2d-medium-replay-v2": 88.5,
-    "halfcheetah-medium-expert-v2": 92.7, "hopper-medium-expert-v2": 109.3, "walker2d-medium-expert-v2": 110.0,
-    "antmaze-umaze-v0": 94.8, "antmaze-umaze-diverse-v0": 78.8, "antmaze-medium-play-v0": 79.6,
-    "antmaze-medium-diverse-v0": 82.2, "antmaze-large-play-v0": 52.0, "antmaze-large-diverse-v0": 54.0,
-    "antmaze-umaze-v2": 92.6, "antmaze-umaze-diverse-v2": 74.4, "antmaze-medium-play-v2": 76.0,
-    "antmaze-medium-diverse-v2": 80.6, "antmaze-large-play-v2": 59.2, "antmaze-large-diverse-v2": 62.0,
-    "pen-human-v1": 64.1, "pen-cloned-v1": 81.3,
-    "kitchen-complete-v0": 80.8, "kitchen-partial-v0": 74.4, "kitchen-mixed-v0": 60.2,
+BANDIT = dict(steps=3_500, pretrain_steps=0, batch_size=512, behavior_lr=3e-3, actor_lr=3e-3, critic_lr=3e-3,
+              expectile=0.95, alpha=1.0, clip_denoised=False, behavior_hidden=128, time_dim=4, candidates=1,
+              eval_every=500, log_every=100)  # fmt: skip
+OURS = {  # settings of this project: built-in data on two CPU cores, and 2-D bandits (the paper's: Sec. 3, App. F.1)
+    "halfcheetah-demo": DEMO | dict(steps=16_000, pretrain_steps=2_000),
+    "pendulum-demo": DEMO | dict(steps=4_000, pretrain_steps=500, eval_every=1_000, alpha=5.0, gamma=0.95,
+                                 behavior_lr=1e-3, actor_lr=1e-3, critic_lr=1e-3),
+    "bandit": BANDIT,
+    "bandit-swissroll-far": BANDIT | dict(alpha=0.2),
 }  # fmt: skip
 PROTOCOL = "last evaluation, 5 seeds, 10 episodes each for MuJoCo and 100 elsewhere"
 
 # EDM noise levels (Karras et al. 2022; App. B)
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 80.0
+
+
+def mlp(sizes, activation, linear=nn.Linear, norm=None):
+    """Linear layers of these sizes, `activation` (and before it, `norm`) after all but the last."""
+    layers = []
+    for d_in, d_out in zip(sizes, sizes[1:]):
+        layers += [linear(d_in, d_out), *([norm(d_out)] if norm else []), activation()]
+    return nn.Sequential(*layers[: -2 if norm else -1])
 
 
 class EnsembleLinear(nn.Module):
@@ -189,35 +213,28 @@ class EnsembleLayerNorm(nn.Module):
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
 
 
-class Critic(nn.Module):
-    """Q1 and Q2: obs [B, S], action [B, A] -> [2, B]."""
-
-    def __init__(self, obs_dim, action_dim, hidden):
-        super().__init__()
-        layers, width = [], obs_dim + action_dim
-        for _ in range(3):
-            layers += [EnsembleLinear(2, width, hidden), EnsembleLayerNorm(2, hidden), nn.Mish()]
-            width = hidden
-        self.net = nn.Sequential(*layers, EnsembleLinear(2, hidden, 1))
-
-    def forward(self, obs, action):
-        x = torch.cat([obs, action], dim=-1)
-        return self.net(x.expand(2, *x.shape)).squeeze(-1)
-
-
 class Value(nn.Module):
     """V: obs [B, S] -> [B]."""
 
     def __init__(self, obs_dim, hidden):
         super().__init__()
-        layers, width = [], obs_dim
-        for _ in range(3):
-            layers += [nn.Linear(width, hidden), nn.Mish()]
-            width = hidden
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 1))
+        self.net = mlp([obs_dim, hidden, hidden, hidden, 1], nn.Mish)
 
     def forward(self, obs):
         return self.net(obs).squeeze(-1)
+
+
+class Critic(nn.Module):
+    """Q1 and Q2: obs [B, S], action [B, A] -> [2, B]."""
+
+    def __init__(self, obs_dim, action_dim, hidden):
+        super().__init__()
+        sizes = [obs_dim + action_dim, hidden, hidden, hidden, 1]
+        self.net = mlp(sizes, nn.Mish, partial(EnsembleLinear, 2), partial(EnsembleLayerNorm, 2))
+
+    def forward(self, obs, action):
+        x = torch.cat([obs, action], dim=-1)
+        return self.net(x.expand(2, *x.shape)).squeeze(-1)
 
 
 class Actor(nn.Module):
@@ -225,11 +242,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
-        layers, width = [], obs_dim
-        for _ in range(3):
-            layers += [nn.Linear(width, hidden), nn.ReLU()]
-            width = hidden
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
+        self.net = mlp([obs_dim, hidden, hidden, hidden, 2 * action_dim], nn.ReLU)
         for layer in self.net:
             if isinstance(layer, nn.Linear):
                 nn.init.orthogonal_(layer.weight)
@@ -241,19 +254,14 @@ class Actor(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Raw network F of the diffusion model: x [B, A], obs [B, S], noise level [B, 1] -> [B, A]."""
+    """Raw network F of a diffusion model: x [B, A], obs [B, S], noise level [B, 1] -> [B, A]."""
 
     def __init__(self, obs_dim, action_dim, hidden, time_dim):
         super().__init__()
         self.register_buffer("freqs", torch.exp(-math.log(10_000) * torch.linspace(0, 1, time_dim // 2)))
-        self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim))
-        self.net = nn.Sequential(
-            nn.Linear(action_dim + obs_dim + time_dim, hidden),  # no activation here (difference 8)
-            nn.Linear(hidden, hidden), nn.Mish(),
-            nn.Linear(hidden, hidden), nn.Mish(),
-            nn.Linear(hidden, hidden), nn.Mish(),
-            nn.Linear(hidden, action_dim),
-        )  # fmt: skip
+        self.time = mlp([time_dim, 2 * time_dim, time_dim], nn.Mish)
+        first = nn.Linear(action_dim + obs_dim + time_dim, hidden)  # no activation after it (difference 8)
+        self.net = nn.Sequential(first, *mlp([hidden, hidden, hidden, hidden, action_dim], nn.Mish))
 
     def forward(self, x, obs, level):
         angle = level * self.freqs
@@ -268,8 +276,8 @@ def sample_sigma(batch_size, generator):
     """
     low, high = (SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2) for sigma in (SIGMA_MAX, SIGMA_MIN))
     u = torch.rand(batch_size, 1, dtype=torch.float64, device=generator.device, generator=generator)
-    u = low + (high - low) * u
-    return (SIGMA_DATA * ((1 - u) / u).sqrt()).float()
+    c_skip = low + (high - low) * u
+    return (SIGMA_DATA * ((1 - c_skip) / c_skip).sqrt()).float()
 
 
 def denoise(net, x, sigma, obs, clip=None):
@@ -296,15 +304,38 @@ def kl_loss(real, fake, obs, action, generator, clip=None):
     sigma = sample_sigma(len(action), generator)
     noisy = action + sigma * torch.randn(action.shape, device=action.device, generator=generator)
     with torch.no_grad():
-        real, fake = denoise(real, noisy, sigma, obs, clip), denoise(fake, noisy, sigma, obs, clip)
-        weight = (action - real).abs().mean(dim=-1, keepdim=True).clamp_min(1e-8)
-        target = action - (fake - real) / weight
+        d_real, d_fake = denoise(real, noisy, sigma, obs, clip), denoise(fake, noisy, sigma, obs, clip)
+        weight = (action - d_real).abs().mean(dim=-1, keepdim=True).clamp_min(1e-8)
+        target = action - (d_fake - d_real) / weight
     return 0.5 * ((action - target) ** 2).mean()
 
 
 def expectile_loss(u, expectile):
     """L2^tau(u) = |tau - 1(u < 0)| u^2, Eq. 6."""
     return (torch.where(u < 0, 1 - expectile, expectile) * u**2).mean()
+
+
+def adam(parameters, lr, **more):
+    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    parameters = list(parameters)
+    device = parameters[0].device
+    lr = torch.tensor(lr, device=device)
+    return torch.optim.Adam(parameters, lr, fused=True, capturable=device.type == "cuda", **more)
+
+
+def set_lr(opt, lr):
+    opt.param_groups[0]["lr"].copy_(lr)
+
+
+def cosine(step, steps):
+    """Factor of a learning rate after `step` (a tensor) of `steps` updates: 1 to 0."""
+    return 0.5 * (1 + torch.cos(math.pi * step / steps))
+
+
+@torch.no_grad()
+def update_target(target, net, tau):
+    """target <- (1 - tau) target + tau net"""
+    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), tau)
 
 
 class DTQL:
@@ -317,35 +348,28 @@ class DTQL:
         self.metrics = Metrics()
         torch.manual_seed(seed)
         obs_dim, action_dim = data.obs_dim, data.action_dim
-        self.max_action, self.clip = data.max_action, data.max_action if args.clip_denoised else None
+        self.clip = data.max_action if args.clip_denoised else None
+
         self.critic = Critic(obs_dim, action_dim, args.hidden).to(device)
         self.value = Value(obs_dim, args.hidden).to(device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.behavior = Denoiser(obs_dim, action_dim, args.behavior_hidden, args.time_dim).to(device)
-        if args.behavior_reg == "kl":  # the actor is a network of the same shape, called once (App. C)
-            self.actor = Denoiser(obs_dim, action_dim, args.behavior_hidden, args.time_dim).to(device)
-            self.fake = Denoiser(obs_dim, action_dim, args.behavior_hidden, args.time_dim).to(device)
-        else:
-            self.actor = Actor(obs_dim, action_dim, args.hidden).to(device)
-
-        def adam(params, lr):
-            lr = torch.tensor(lr, device=device)  # a tensor, so that a captured update sees it change
-            return torch.optim.Adam(params, lr, fused=True, capturable=device.type == "cuda")
+        self.actor = self.make_actor().to(device)
 
         self.critic_opt = adam([*self.critic.parameters(), *self.value.parameters()], args.critic_lr)
-        self.behavior_opt = adam(self.behavior.parameters(), args.lr)
-        self.actor_opt = adam(self.actor.parameters(), args.lr)
+        self.behavior_opt = adam(self.behavior.parameters(), args.behavior_lr)
+        self.actor_opt = adam(self.actor.parameters(), args.actor_lr)
+        self.rates = [(self.critic_opt, args.critic_lr), (self.behavior_opt, args.behavior_lr),
+                      (self.actor_opt, args.actor_lr)]  # fmt: skip
         self.step = torch.zeros((), device=device)  # updates of the second phase
         self.state = dict(
             critic=self.critic, value=self.value, critic_target=self.critic_target, critic_opt=self.critic_opt,
             behavior=self.behavior, behavior_opt=self.behavior_opt, actor=self.actor, actor_opt=self.actor_opt,
             step=self.step, generator=self.generator,
         )  # fmt: skip
-        self.opts = [(self.critic_opt, args.critic_lr), (self.behavior_opt, args.lr), (self.actor_opt, args.lr)]
-        if args.behavior_reg == "kl":
-            self.fake_opt = adam(self.fake.parameters(), args.lr)
-            self.state |= dict(fake=self.fake, fake_opt=self.fake_opt)
-            self.opts.append((self.fake_opt, args.lr))
+
+    def make_actor(self):
+        return Actor(self.data.obs_dim, self.data.action_dim, self.args.hidden)
 
     def pretrain(self):
         """One update of the head start: behaviour model, then critics."""
@@ -359,19 +383,24 @@ class DTQL:
         self.critic_step(batch)
         self.behavior_step(batch)
         self.actor_step(batch)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.args.tau)
-            self.step += 1
-            if self.args.lr_decay:
-                for opt, lr in self.opts:  # cosine to zero over `steps` updates
-                    opt.param_groups[0]["lr"].copy_(lr * 0.5 * (1 + torch.cos(math.pi * self.step / self.args.steps)))
+        update_target(self.critic_target, self.critic, self.args.tau)
+        self.step += 1
+        if self.args.lr_decay:
+            for opt, lr in self.rates:
+                set_lr(opt, lr * cosine(self.step, self.args.steps))
 
     def critic_step(self, batch):
+        # value, Eq. 6
         q = self.critic(batch.obs, batch.action)
-        value_loss = expectile_loss(q.detach().amin(0) - self.value(batch.obs), self.args.expectile)  # Eq. 6
+        u = q.detach().amin(0) - self.value(batch.obs)
+        value_loss = expectile_loss(u, self.args.expectile)
+
+        # critics, Eq. 7
         with torch.no_grad():
-            target = batch.reward + self.args.gamma * (1 - batch.terminal) * self.value(batch.next_obs)
-        critic_loss = ((q - target) ** 2).mean(1).sum()  # Eq. 7
+            next_v = self.value(batch.next_obs)
+            target = batch.reward + self.args.gamma * (1 - batch.terminal) * next_v
+        critic_loss = ((q - target) ** 2).mean(1).sum()
+
         self.critic_opt.zero_grad()
         (value_loss + critic_loss).backward()
         self.critic_opt.step()
@@ -385,41 +414,34 @@ class DTQL:
         self.metrics.add(behavior_loss=behavior_loss)
 
     def actor_step(self, batch):
+        """Eq. 5. Returns the actions that were judged."""
         action = self.sample_actions(batch.obs, self.generator)
-        if self.args.behavior_reg == "kl":
-            trust_loss = kl_loss(self.behavior, self.fake, batch.obs, action, self.generator, self.clip)  # Eq. 8
-        else:
-            trust_loss = denoising_loss(self.behavior, batch.obs, action, self.generator, self.clip)  # Eq. 4
+        trust_loss = self.trust_loss(batch.obs, action)
         q = self.critic(batch.obs, action).amin(0)
-        actor_loss = self.args.alpha * trust_loss - q.mean()  # Eq. 5
+        actor_loss = self.args.alpha * trust_loss - q.mean()
         if self.args.nll_weight:
             actor_loss = actor_loss + self.args.nll_weight * self.nll_loss(batch)
         self.actor_opt.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # behaviour model and critics stay as they are
         self.actor_opt.step()
         self.metrics.add(actor_loss=actor_loss, trust_loss=trust_loss, actor_q=q.mean())
-        if self.args.behavior_reg == "kl":
-            fake_loss = denoising_loss(self.fake, batch.obs, action.detach(), self.generator, self.clip)
-            self.fake_opt.zero_grad()
-            fake_loss.backward()
-            self.fake_opt.step()
-            self.metrics.add(fake_loss=fake_loss)
+        return action.detach()
+
+    def trust_loss(self, obs, action):
+        return denoising_loss(self.behavior, obs, action, self.generator, self.clip)  # Eq. 4
 
     def nll_loss(self, batch):
         """-E log N(atanh(a / 1.001) | mean, std), summed over action dimensions (Sec. 2.4, difference 6)."""
         mean, log_std = self.actor(batch.obs)
-        pre_tanh = torch.atanh(batch.action / (self.max_action + 1e-3))
+        pre_tanh = torch.atanh(batch.action / (self.data.max_action + 1e-3))
         log_prob = -0.5 * ((pre_tanh - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
         return -log_prob.sum(-1).mean()
 
     def sample_actions(self, obs, generator):
         """One action of pi for each row of obs, with gradient: [B, S] -> [B, A]."""
-        if self.args.behavior_reg == "kl":
-            noise = torch.randn(len(obs), self.data.action_dim, device=obs.device, generator=generator)
-            return self.actor(2.5 * noise, obs, torch.full_like(noise[:, :1], 2.5))
         mean, log_std = self.actor(obs)
         noise = torch.randn(mean.shape, device=obs.device, generator=generator)
-        return self.max_action * torch.tanh(mean + log_std.exp() * noise)
+        return self.data.max_action * torch.tanh(mean + log_std.exp() * noise)
 
     def act(self, obs, generator):
         """Draw candidates from pi, choose one by the target critic: [n, S] -> [n, A]."""
@@ -431,60 +453,69 @@ class DTQL:
             q = q - torch.empty_like(q).exponential_(generator=generator).log()
         return action.view(n, k, -1)[torch.arange(n, device=obs.device), q.argmax(1)]
 
+
+class DTQLKL(DTQL):
+    """The ablation of App. C: KL divergence instead of the trust region, actor and fake model shaped like mu."""
+
+    def __init__(self, args, data, seed):
+        super().__init__(args, data, seed)
+        self.fake = self.make_actor().to(args.device)  # a diffusion model of pi's own actions
+        self.fake_opt = adam(self.fake.parameters(), args.behavior_lr)
+        self.rates.append((self.fake_opt, args.behavior_lr))
+        self.state |= dict(fake=self.fake, fake_opt=self.fake_opt)
+
+    def make_actor(self):
+        return Denoiser(self.data.obs_dim, self.data.action_dim, self.args.behavior_hidden, self.args.time_dim)
+
     def start_from_behavior(self):
-        """KL ablation: after the head start, generator and fake model begin as copies of the behaviour model."""
+        """After the head start generator and fake model begin as copies of the behaviour model (Alg. 2)."""
         self.actor.load_state_dict(self.behavior.state_dict())
         self.fake.load_state_dict(self.behavior.state_dict())
 
+    def actor_step(self, batch):
+        """Eq. 5 with Eq. 8; then the fake model learns the actions that were judged."""
+        action = super().actor_step(batch)
+        fake_loss = denoising_loss(self.fake, batch.obs, action, self.generator, self.clip)
+        self.fake_opt.zero_grad()
+        fake_loss.backward()
+        self.fake_opt.step()
+        self.metrics.add(fake_loss=fake_loss)
+        return action
 
-def bandit(name):
-    """The 2-D bandits of Sec. 3 and App. F.1: one state, 10,000 actions, a reward that depends on the radius."""
-    generator = torch.Generator().manual_seed(0)
-    _, shape, kind = name.split("-")
-    if shape == "25gaussians":
-        grid = torch.linspace(-10, 10, 5)
-        action = torch.cartesian_prod(grid, grid).repeat_interleave(400, 0)
-        action = action + 0.3 * torch.randn(action.shape, generator=generator)
-    else:
-        t = 1.5 * math.pi * (1 + 2 * torch.rand(10_000, 1, generator=generator))
-        action = t * torch.cat([t.cos(), t.sin()], 1) + 0.1 * torch.randn(10_000, 2, generator=generator)
-    largest = action.norm(dim=1).max()
+    def trust_loss(self, obs, action):
+        return kl_loss(self.behavior, self.fake, obs, action, self.generator, self.clip)  # Eq. 8
 
-    def reward(action):
-        radius = action.norm(dim=1)
-        if kind == "near":
-            return largest - radius
-        corner = (action[:, 0] < -7.5) & (action[:, 1] > 7.5) & (kind == "hard")
-        return 0 * radius if kind == "same" else torch.where(corner, 2 * radius, radius)
-
-    # one state that leads to itself and never ends, as in the official code
-    return Dataset.bandit(name, action, reward, terminal=False)
+    def sample_actions(self, obs, generator):
+        noise = torch.randn(len(obs), self.data.action_dim, device=obs.device, generator=generator)
+        return self.actor(2.5 * noise, obs, torch.full_like(noise[:, :1], 2.5))
 
 
-def draw_bandit(learner, data, path):
-    """Actions of pi (red) over the data, coloured by reward."""
-    obs = torch.zeros(1000, 1, device=learner.generator.device)
-    with torch.no_grad():
-        action = learner.sample_actions(obs, torch.Generator(obs.device).manual_seed(0)).cpu()
-
-    def draw(axes):
-        axes.scatter(*data.action.cpu().T, c=data.reward.cpu(), s=2, cmap="viridis")
-        axes.scatter(*action.T, c="red", s=2)
-        axes.set(title=f"{data.name}, {learner.args.behavior_reg}", aspect="equal")
-
-    save_figure(path, draw)
+def check(args, given):
+    at_least(args, 1, "hidden", "behavior_hidden", "candidates")
+    at_least(args, 0, "pretrain_steps", "gamma", "behavior_lr", "actor_lr", "critic_lr", "tau", "expectile", "alpha")
+    at_least(args, 0, "nll_weight")
+    at_most(args, 1, "gamma", "tau", "expectile")
+    if args.time_dim < 2 or args.time_dim % 2:
+        raise UserError(f"--time-dim must be an even number, a sine and a cosine each, found {args.time_dim}")
+    if args.candidates == 1:
+        useless(given, ["eval_select"], "with one candidate")
+    if args.behavior_reg == "kl":
+        args.paper_score = KL_SCORES.get(args.env)
+        if args.nll_weight:
+            useless(given, ["nll_weight"], "with --behavior-reg kl, whose actor has no density")
+            print("note: the table's --nll-weight is left out, because the actor of --behavior-reg kl has no density")
+            args.nll_weight = 0.0
 
 
 def main():
-    args = parse_args(Args, PAPER | OURS, proportional=("pretrain_steps",), doc=__doc__)
+    args = parse_args(Args, PAPER | OURS, check, proportional=("pretrain_steps",), doc=__doc__)
+    Learner = DTQLKL if args.behavior_reg == "kl" else DTQL
     if args.evaluate:
-        return evaluate_run(args, DTQL)
-    is_bandit = args.env in OURS and args.env.startswith("bandit-")
-    data = bandit(args.env) if is_bandit else load_dataset(args.env, args.data_path)
+        return evaluate_run(args, Learner)
+    data = load_dataset(args.env, args.data_path)
     data.reward.add_(args.reward_offset)
     data = data.to(args.device)
-    learners = [DTQL(args, data, seed) for seed in args.seed]
-    args.paper_score = PUBLISHED.get(args.env)
+    learners = [Learner(args, data, seed) for seed in args.seed]
     run = Run(args, learners, data, __file__, PROTOCOL)
 
     def at_end():
@@ -498,9 +529,6 @@ def main():
     update = capture(learners, "update")
     for _ in run.updates("update", args.steps, evaluate=True):
         update()
-    if is_bandit:
-        for learner, folder in zip(learners, run.folders):
-            draw_bandit(learner, data, folder / "bandit.png")
     run.finish()
 
 

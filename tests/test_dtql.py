@@ -9,7 +9,7 @@ import torch
 
 import dtql
 from common import Batch
-from dtql import DTQL, Args, denoise, denoising_loss, expectile_loss, kl_loss, sample_sigma
+from dtql import DTQL, DTQLKL, Args, denoise, denoising_loss, expectile_loss, kl_loss, sample_sigma
 
 SD = dtql.SIGMA_DATA
 
@@ -61,7 +61,7 @@ def trust_loss(net, value, n=400_000, clip=None, seed=0):
 def make_learner(obs_dim=3, action_dim=2, seed=0, max_action=1.0, **settings):
     args = Args(**dict(dict(device="cpu", hidden=32, behavior_hidden=32, candidates=8, batch_size=64), **settings))
     dims = SimpleNamespace(obs_dim=obs_dim, action_dim=action_dim, max_action=max_action)
-    return DTQL(args, dims, seed)
+    return (DTQLKL if args.behavior_reg == "kl" else DTQL)(args, dims, seed)
 
 
 def random_batch(obs_dim=3, action_dim=2, size=64):
@@ -350,7 +350,7 @@ def test_an_update_is_algorithm_1(monkeypatch, clip_denoised, clip):
 
 
 def test_learning_rates():
-    learner = with_batch(make_learner(lr=1e-4, lr_decay=True, steps=8, behavior_reg="kl"), random_batch())
+    learner = with_batch(make_learner(behavior_lr=1e-4, actor_lr=1e-4, lr_decay=True, steps=8, behavior_reg="kl"), random_batch())
     names = ["critic_opt", "behavior_opt", "actor_opt", "fake_opt"]
     rates = lambda: [getattr(learner, name).param_groups[0]["lr"].item() for name in names]
     learner.pretrain()
@@ -360,7 +360,7 @@ def test_learning_rates():
         factor = 0.5 * (1 + math.cos(math.pi * k / 8))
         assert rates() == pytest.approx([rate * factor for rate in (3e-4, 1e-4, 1e-4, 1e-4)], abs=1e-10)
     names.pop()
-    learner = with_batch(make_learner(lr=1e-4), random_batch())
+    learner = with_batch(make_learner(behavior_lr=1e-4, actor_lr=1e-4), random_batch())
     learner.update()
     assert rates() == pytest.approx([3e-4, 1e-4, 1e-4])
 
@@ -454,16 +454,3 @@ def test_kl_ablation_trains_its_fake_model_and_starts_from_the_behavior_model():
     fake, actor = values(learner.fake), values(learner.actor)
     learner.update()
     assert not same(fake, learner.fake) and not same(actor, learner.actor)
-
-
-def test_bandit_rewards():
-    for kind, best in (("far", 14.7), ("near", 14.7), ("hard", 29.0), ("same", 0.0)):
-        data = dtql.bandit(f"bandit-25gaussians-{kind}")
-        assert len(data) == 10_000 and data.reward.max() == pytest.approx(best, rel=0.1)
-        assert not data.terminal.any()  # the official bandit never ends
-    corner = (data.action[:, 0] < -7.5) & (data.action[:, 1] > 7.5)
-    assert corner.sum() == 400
-    reward = dtql.bandit("bandit-25gaussians-hard").reward
-    assert reward[corner].min() > 22 and reward[~corner].max() < 17
-    radius = dtql.bandit("bandit-swissroll-far").action.norm(dim=1)
-    assert 4.3 < radius.min() and radius.max() < 14.6
