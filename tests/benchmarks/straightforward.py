@@ -98,8 +98,8 @@ class UsualDTQL(Usual):
         self.value = mlp(s, 1, args.hidden, mish)
         self.behavior = dtql.Denoiser(s, a, args.behavior_hidden, args.time_dim)
         self.value_opt = torch.optim.Adam(self.value.parameters(), args.critic_lr)
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), args.lr)
-        self.behavior_opt = torch.optim.Adam(self.behavior.parameters(), args.lr)
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), args.actor_lr)
+        self.behavior_opt = torch.optim.Adam(self.behavior.parameters(), args.behavior_lr)
         self.generator = torch.Generator().manual_seed(0)
 
     def update(self):
