@@ -95,7 +95,7 @@ class Args(RunArgs):
     critic_lr: float = 3e-4  # Learning rate of Q and V.
     lr_decay: bool = False  # Cosine decay of all learning rates to zero over --steps (Table 4).
     tau: float = 0.005  # Rate of the target critic.
-    expectile: float = 0.7  # tau in Eq. 6
+    expectile: float = 0.7  # tau in Eq. 6.
     alpha: float = 5.0  # Weight of the trust region, Eq. 5.
     nll_weight: float = 0.0  # w_nll, weight of the likelihood of the data's actions, Sec. 2.4.
     behavior_reg: Literal["tr", "kl"] = "tr"  # Trust region (Eq. 4) or Kullback-Leibler divergence (Eq. 8, App. C).
