@@ -1,10 +1,12 @@
 """Constrained Policy optimization with Explicit behavior Density (CPED)
 
 Jing Zhang, Chi Zhang, Wenjia Wang, Bing-Yi Jing: "Constrained Policy Optimization with Explicit Behavior Density for
-Offline Reinforcement Learning", NeurIPS 2023, arXiv:2301.12130. Official code: github.com/evalarzj/cped, d19beb4.
+Offline Reinforcement Learning", NeurIPS 2023, arXiv:2301.12130.
+Official code: github.com/evalarzj/cped, commit 1c5494d.
 
-    python cped.py                              # built-in HalfCheetah data, minutes on a CPU core
-    python cped.py --env hopper-medium-v2       # the paper's run
+    python cped.py                                # built-in HalfCheetah data, minutes on a CPU core
+    python cped.py --env hopper-medium-v2         # the paper's run
+    python cped.py --env bandit-ring              # a 2-D example; results: bandit.png, density.png
 
 A flow-GAN learns the density p(s, a) of the data and is frozen. Then TD3 climbs Q where that density is high.
 
@@ -13,52 +15,60 @@ A flow-GAN learns the density p(s, a) of the data and is frozen. Then TD3 climbs
     discriminator min E D(f^-1(z)) - E D(x) + w_gp E (|grad D| - 1)^2           (WGAN-GP)            discriminator_loss
     flow-GAN      min -w_gan E D(f^-1(z)) - E log p(x), w_gan = 1 / lambda      Eq. 4                     behavior_step
     critic        min E (Q_i(s, a) - y)^2, y = r + gamma (1 - terminal) min_i Q_i'(s', a~)                  critic_step
-                  a~ = pi'(s') + clip(N(0, sigma^2), -c, c)                                               target_action
+                  a~ = pi'(s') + clip(noise, -c, c)                                                       target_action
     actor         max E min_i Q_i(s, pi(s)) subject to -log p(s, pi(s)) < epsilon    Eq. 7, --alpha-mode dual
     as trained    min alpha(t) E [log p(s, a) - log p(s, pi(s))] - 1(t >= t_Q) E min_i Q_i(s, pi(s))         actor_step
 
-Phase 1 ("behavior", `pretrain`; first loop of Alg. 1): --behavior-steps updates of D, with a fifth as many of the flow.
-Phase 2 ("policy", `update`; second loop): --steps updates, t = 0, 1, ..., of critics, actor, targets. The actor first
-follows the density alone, the critics join at t = --critic-start, Q at t_Q = --q-start. These lengths keep their
-proportion to --steps, and alpha(t) (`alpha_at`) changes at fractions of it. The paper's lengths: 500,000 + 1,000,000
-for MuJoCo; AntMaze has 1,000,000 in all. Eq. 5 (Prop. 3.1: Eq. 4 as inverse RL) only argues.
+    Algorithm 1  first loop, --behavior-steps updates of D, with a fifth as many of the flow                   pretrain
+                 second loop, --steps updates t = 0, 1, ...: critics, actor, targets                             update
 
-Differences between paper, official code and this file (which follows the code unless a flag is named):
- 1. Paper: dual gradient descent on alpha (Alg. 1). Code: a table alpha(t), and for epsilon the density of the data's
-    own action, which has no gradient. Here the table, or --alpha-mode dual, where alpha <- max(0, alpha + lr E [-log
-    p(s, pi(s)) - epsilon]) from t_Q on, and epsilon is that of the data's action unless --epsilon gives a number.
- 2. The paper writes the flow as a map of actions, the code takes [s, a]: --density conditional models p(a | s).
- 3. Alg. 1 goes on training the flow-GAN beside the policy; the code and this file freeze it.
- 4. Alg. 1 updates actor and targets at every update (--policy-delay 1), and actor and critics from the start
-    (--critic-start 0 --q-start 0). It prints no terminal in y; the critic's equation apart from it has max over a'.
- 5. The code's alpha counts updates from the start of phase 1, with one absolute threshold: it is 0 for one update and
-    negative if phase 1 is shorter than 400,000. Here it counts from the start of phase 2, for any length. The code
-    changes some values one actor update later, and AntMaze's first actor update has alpha = 0.5.
- 6. The code's sampler applies exp(-sigma) after undoing the couplings, so it is not the inverse of its density once
-    sigma differs from 0. Here it is exact; only the GAN term sees this.
- 7. Couplings end in a LeakyReLU (original NICE and flow-GAN: linear).
- 8. D has S + A outputs: their mean is the loss, their sum is what the gradient penalty takes. The penalty's points lie
-    at u x + (1 - u) G(z) with u ~ N(0, 1) and its weight is 0.5 (WGAN-GP: one output, u uniform, 10).
- 9. Adam for the flow has betas (0.9, 0.01) and eps 1e-4.
-10. TD3 clamps the noisy target action to the action box and lets the actor climb Q1; here no clamp, and min(Q1, Q2).
-11. Updates of D and flow are skipped where the loss is not finite, those of the actor also where it exceeds 1e7
-    (`actor_skipped` is their share). The code goes on for ever; here such a loss ends the run at the next log line
-    unless it is finite.
-12. Time limits: the code drops every 1000th row of a stretch without terminals, so that AntMaze's shorter episodes run
-    into each other. So here, on the paper's datasets; --use-timeouts takes the file's own time limits.
-13. Corrected: every call of the code's flow resets the global random generators; at zero its penalty has a NaN
-    gradient; the last policy is never evaluated. Targets start as copies, as they do in effect after its phase 1.
-14. AntMaze-large: the code's notes say 400,000 or 500,000 updates of phase 1 (and type 300,000): 400,000 here. An
-    earlier code of the authors (rl-study-group/rl_study_cped) has other schedules and two couplings: not followed.
+The actor first follows the density alone, the critics join at t = --critic-start, Q at t_Q = --q-start; alpha(t)
+(`alpha_at`) changes at fractions of --steps. The paper's lengths: 500,000 + 1,000,000 for MuJoCo; AntMaze has 1,000,000
+in all. Eq. 5 (Prop. 3.1: Eq. 4 as inverse RL) only argues.
+
+    The paper (P) or its code (C)                           This file, which follows C where nothing else is said
+ 1. P: dual gradient descent on alpha. C: a table          the table; --alpha-mode dual: alpha <- max(0, alpha + lr E
+    alpha(t), and for epsilon the density of the data's     [-log p(s, pi(s)) - epsilon]) from t_Q on, epsilon as in C
+    own action                                              unless --epsilon gives a number
+ 2. P: the flow maps actions. C: it maps [s, a]             [s, a]; --density conditional models p(a | s)
+ 3. P: the flow-GAN goes on training beside the policy      frozen
+ 4. P: actor and targets move at every update (--policy-    every second; critics and Q join later
+    delay 1), all from the start (--critic-start 0
+    --q-start 0); no terminal in y; the critic's equation
+    has max over a'
+ 5. C: alpha counts from the start of phase 1, with one     alpha counts from the start of phase 2, for any length. C
+    absolute threshold: 0 for one update, negative if       changes some values one actor update later; AntMaze's first
+    phase 1 has less than 400,000                           actor update has alpha 0.5 there
+ 6. C: the sampler applies exp(-sigma) after undoing the    the exact inverse; only the GAN term sees it
+    couplings: no inverse of its density
+ 7. C: couplings end in a LeakyReLU (NICE: linear), and     the LeakyReLU; the factor is left out
+    divide their inputs by sqrt(1 + 1e-6)
+ 8. C: D has S + A outputs, whose mean is the loss and      as C (WGAN-GP: one output, u uniform, weight 10)
+    whose sum the penalty takes, at u x + (1 - u) G(z),
+    u ~ N(0, 1), weight 0.5
+ 9. C: Adam of the flow has betas (0.9, 0.01), eps 1e-4     as C
+10. TD3 clamps a~ to the action box and climbs Q1           as C: no clamp, min(Q1, Q2)
+11. C: updates of D and flow are skipped where the loss is  as C (`actor_skipped`: their share), but a loss that is not
+    not finite, the actor's also above 1e7, for ever        finite ends the run at the next log line
+12. C: drops every 1000th row of a stretch without          as C on the paper's datasets as downloaded; --use-timeouts,
+    terminals, so that AntMaze's shorter episodes run into  and all other data: the file's own time limits
+    each other
+13. C: evaluates 5,000 steps every 1,000 updates, each      whole episodes, --eval-episodes every --eval-every updates,
+    rollout cut at the steps left; one cut short is         the last policy too
+    dropped. The last policy is never evaluated
+14. C: each call of the flow resets the global generators;  neither; targets start as copies, as in effect after C's
+    the penalty has a NaN gradient at zero                  phase 1
+15. C: AntMaze-large: notes say 400,000 or 500,000 updates  400,000. An earlier code (rl-study-group/rl_study_cped) has
+    of phase 1, and type 300,000                            other schedules and two couplings: not followed
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
 `Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; the README has 20 lines.
 """
 
 import copy
-import functools
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -67,108 +77,99 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (
-    Dataset,
+    SCENES,
     Metrics,
     Run,
     RunArgs,
     UserError,
+    at_least,
+    at_most,
     capture,
     cli,
     evaluate_run,
     load_dataset,
     parse_args,
     save_figure,
+    useless,
 )
 
 
 @dataclass
 class Args(RunArgs):
     # CPED
-    behavior_steps: int = 500_000
-    """Updates of the first phase: of the discriminator, with a fifth as many of the flow."""
-    critic_start: int = 30_000
-    """Update of the second phase from which the critics learn."""
-    q_start: int = 50_000
-    """Update of the second phase from which the actor climbs Q (t_Q)."""
-    gamma: float = 0.99
-    """Discount."""
-    behavior_lr: float = 1e-4
-    """Learning rate of flow and discriminator."""
-    critic_lr: float = 3e-4
-    """Learning rate of Q."""
-    actor_lr: float = 1e-4
-    """Learning rate of the actor."""
-    tau: float = 0.005
-    """Rate of the target networks (kappa in Alg. 1)."""
-    policy_delay: int = 2
-    """Critic updates for each update of actor and targets."""
-    target_noise: float = 0.2
-    """Standard deviation of the noise on target actions."""
-    noise_clip: float = 0.5
-    """Largest noise on target actions (c in Alg. 1)."""
+    behavior_steps: int = 500_000  # Updates of the discriminator in the first phase, with a fifth as many of the flow.
+    critic_start: int = 30_000  # Update of the second phase from which the critics learn.
+    q_start: int = 50_000  # Update of the second phase from which the actor climbs Q (t_Q).
+    gamma: float = 0.99  # Discount.
+    behavior_lr: float = 1e-4  # Learning rate of flow and discriminator.
+    critic_lr: float = 3e-4  # Learning rate of Q.
+    actor_lr: float = 1e-4  # Learning rate of the actor.
+    tau: float = 0.005  # Rate of the target networks (kappa in Alg. 1).
+    policy_delay: int = 2  # Critic updates for each update of actor and targets.
+    target_noise: float = 0.2  # Standard deviation of the noise on target actions.
+    noise_clip: float = 0.5  # Largest noise on target actions (c in Alg. 1).
     alpha_mode: Literal["schedule", "dual"] = "schedule"
     """Weight of the density constraint from a table, or by dual gradient descent (Alg. 1)."""
     alpha: tuple[float, ...] = (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5)
     """Weight of the density constraint, one value for each stretch of --steps; dual: the last is where it starts."""
     alpha_until: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
-    """Fractions of --steps at which alpha goes to its next value."""
-    alpha_lr: float = 1e-3
-    """Step of dual gradient descent on alpha (dual)."""
-    epsilon: float | None = None
-    """Largest -log density allowed, Eq. 7 (dual); none: that of the data's own action."""
-    density: Literal["joint", "conditional"] = "joint"
-    """Model p(s, a) or p(a | s)."""
-    discriminator_steps: int = 5
-    """Discriminator updates for each update of the flow (r in Alg. 1)."""
-    gan_weight: float = 1.0
-    """Weight of the GAN loss beside the likelihood (1 / lambda in Eq. 4)."""
-    gp_weight: float = 0.5
-    """Weight of the gradient penalty."""
-    hidden: int = 256
-    """Width of critics and actor."""
-    behavior_hidden: int = 750
-    """Width of the flow's networks."""
-    reward_offset: float = 0.0
-    """Added to every reward (AntMaze: -1)."""
-    use_timeouts: bool = True
-    """Take the file's time limits; otherwise drop every 1000th row of a stretch without terminals (difference 12)."""
+    """Fractions of --steps at which alpha goes to its next value (schedule)."""
+    alpha_lr: float = 1e-3  # Step of dual gradient descent on alpha (dual).
+    epsilon: float | None = None  # Largest -log density allowed, Eq. 7 (dual); none: that of the data's own action.
+    density: Literal["joint", "conditional"] = "joint"  # Model p(s, a) or p(a | s).
+    discriminator_steps: int = 5  # Discriminator updates for each update of the flow (r in Alg. 1).
+    gan_weight: float = 1.0  # Weight of the GAN loss beside the likelihood (1 / lambda in Eq. 4).
+    gp_weight: float = 0.5  # Weight of the gradient penalty.
+    hidden: int = 256  # Width of critics and actor.
+    behavior_hidden: int = 750  # Width of the flow's networks.
+    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1).
+    use_timeouts: bool = False  # On the paper's datasets: the file's time limits, not every 1000th row (difference 12).
 
 
-MUJOCO = dict(use_timeouts=False)
-MAZE = dict(actor_lr=3e-4, alpha=(0.25, 0.1, 0.08), reward_offset=-1.0, use_timeouts=False, eval_episodes=100)
-SMALL_MAZE = MAZE | dict(behavior_steps=300_000, steps=700_000, alpha_until=(2 / 7, 5 / 7))
-LARGE_MAZE = MAZE | dict(behavior_steps=400_000, steps=600_000, alpha_until=(1 / 6, 4 / 6))
-PAPER = {  # official code and its notes, which name one dataset of each family and have no table
-    **{
-        f"{robot}-{kind}-v2": MUJOCO
-        for kind in ("medium", "medium-replay", "medium-expert")
-        for robot in ("halfcheetah", "hopper", "walker2d")
-    },
-    "antmaze-umaze-v2": SMALL_MAZE, "antmaze-umaze-diverse-v2": SMALL_MAZE,
-    "antmaze-medium-play-v2": SMALL_MAZE, "antmaze-medium-diverse-v2": SMALL_MAZE,
-    "antmaze-large-play-v2": LARGE_MAZE, "antmaze-large-diverse-v2": LARGE_MAZE,
-}  # fmt: skip
+def maze(behavior_steps, alpha_until):
+    return dict(behavior_steps=behavior_steps, steps=1_000_000 - behavior_steps, actor_lr=3e-4, alpha=(0.25, 0.1, 0.08),
+                alpha_until=alpha_until, reward_offset=-1.0, eval_episodes=100)  # fmt: skip
+
+
+SMALL_MAZE = maze(300_000, (2 / 7, 5 / 7))
+LARGE_MAZE = maze(400_000, (1 / 6, 4 / 6))
+PAPER = {  # official code and its notes, which name one dataset of each family and have no table; scores: result tables
+    "halfcheetah-medium-v2": dict(paper_score=61.8),
+    "halfcheetah-medium-replay-v2": dict(paper_score=55.8),
+    "halfcheetah-medium-expert-v2": dict(paper_score=85.4),
+    "hopper-medium-v2": dict(paper_score=100.1),
+    "hopper-medium-replay-v2": dict(paper_score=98.1),
+    "hopper-medium-expert-v2": dict(paper_score=95.3),
+    "walker2d-medium-v2": dict(paper_score=90.2),
+    "walker2d-medium-replay-v2": dict(paper_score=91.9),
+    "walker2d-medium-expert-v2": dict(paper_score=113.04),
+    "antmaze-umaze-v2": SMALL_MAZE | dict(paper_score=96.8),
+    "antmaze-umaze-diverse-v2": SMALL_MAZE | dict(paper_score=55.6),
+    "antmaze-medium-play-v2": SMALL_MAZE | dict(paper_score=85.1),
+    "antmaze-medium-diverse-v2": SMALL_MAZE | dict(paper_score=72.1),
+    "antmaze-large-play-v2": LARGE_MAZE | dict(paper_score=34.9),
+    "antmaze-large-diverse-v2": LARGE_MAZE | dict(paper_score=32.3),
+}
 DEMO = dict(hidden=64, behavior_hidden=64, batch_size=128, behavior_lr=1e-3, critic_lr=1e-3, actor_lr=3e-4, tau=0.02,
             alpha=(10.0, 2.0), alpha_until=(0.1,), eval_every=2_500, log_every=500)  # fmt: skip
-BANDIT = DEMO | dict(density="conditional", behavior_hidden=128, behavior_steps=20_000, steps=5_000, critic_start=0,
-                     q_start=1_000, actor_lr=1e-3, alpha=(0.3,), alpha_until=(), eval_every=1_000)  # fmt: skip
-OURS = {  # settings of this project: built-in data on two CPU cores, and two bandits
-    "halfcheetah-demo-medium-replay": DEMO | dict(behavior_steps=10_000, steps=20_000, critic_start=500, q_start=1_000),
-    "pendulum-demo-medium": DEMO | dict(behavior_steps=4_000, steps=6_000, critic_start=250, q_start=500,
-                                        eval_every=1_000),
-    "bandit-ring": BANDIT,
-    "bandit-wave": BANDIT,
-}  # fmt: skip
-PUBLISHED = {  # the authors' result tables; datasets' versions as in the official code
-    "halfcheetah-medium-v2": 61.8, "hopper-medium-v2": 100.1, "walker2d-medium-v2": 90.2,
-    "halfcheetah-medium-replay-v2": 55.8, "hopper-medium-replay-v2": 98.1, "walker2d-medium-replay-v2": 91.9,
-    "halfcheetah-medium-expert-v2": 85.4, "hopper-medium-expert-v2": 95.3, "walker2d-medium-expert-v2": 113.04,
-    "antmaze-umaze-v2": 96.8, "antmaze-umaze-diverse-v2": 55.6, "antmaze-medium-play-v2": 85.1,
-    "antmaze-medium-diverse-v2": 72.1, "antmaze-large-play-v2": 34.9, "antmaze-large-diverse-v2": 32.3,
+OURS = {  # settings of this project: built-in data on two CPU cores, and 2-D bandits
+    "halfcheetah-demo": DEMO | dict(behavior_steps=10_000, steps=20_000, critic_start=500, q_start=1_000),
+    "pendulum-demo": DEMO | dict(behavior_steps=4_000, steps=6_000, critic_start=250, q_start=500, eval_every=1_000),
+    "bandit": DEMO | dict(density="conditional", behavior_hidden=128, behavior_steps=20_000, steps=5_000,
+                          critic_start=0, q_start=1_000, actor_lr=1e-3, alpha=(0.3,), alpha_until=(),
+                          eval_every=1_000),
 }  # fmt: skip
 PROTOCOL = "number of seeds, and whether last, best or mean, not known to us"
 
 LARGEST_LOSS = 1e7  # an actor update with a larger loss is skipped
+
+
+def mlp(sizes, activation, linear=nn.Linear, norm=None):
+    """Linear layers of these sizes, `activation` (and before it, `norm`) after all but the last."""
+    layers = []
+    for d_in, d_out in zip(sizes, sizes[1:]):
+        layers += [linear(d_in, d_out), *([norm(d_out)] if norm else []), activation()]
+    return nn.Sequential(*layers[: -2 if norm else -1])
 
 
 class EnsembleLinear(nn.Module):
@@ -189,11 +190,7 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
-        self.net = nn.Sequential(
-            EnsembleLinear(2, obs_dim + action_dim, hidden), nn.ReLU(),
-            EnsembleLinear(2, hidden, hidden), nn.ReLU(),
-            EnsembleLinear(2, hidden, 1),
-        )  # fmt: skip
+        self.net = mlp([obs_dim + action_dim, hidden, hidden, 1], nn.ReLU, partial(EnsembleLinear, 2))
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], dim=-1)
@@ -206,14 +203,10 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden, max_action):
         super().__init__()
         self.max_action = max_action
-        self.net = nn.Sequential(
-            nn.Linear(obs_dim, hidden), nn.ReLU(),
-            nn.Linear(hidden, hidden), nn.ReLU(),
-            nn.Linear(hidden, action_dim), nn.Tanh(),
-        )  # fmt: skip
+        self.net = mlp([obs_dim, hidden, hidden, action_dim], nn.ReLU)
 
     def forward(self, obs):
-        return self.max_action * self.net(obs)
+        return self.max_action * torch.tanh(self.net(obs))
 
 
 class OffsetLayerNorm(nn.Module):
@@ -233,11 +226,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, k):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(k, 2 * k), OffsetLayerNorm(2 * k), nn.LeakyReLU(0.01),
-            nn.Linear(2 * k, 4 * k), OffsetLayerNorm(4 * k), nn.LeakyReLU(0.01),
-            nn.Linear(4 * k, k),
-        )  # fmt: skip
+        self.net = mlp([k, 2 * k, 4 * k, k], nn.LeakyReLU, norm=OffsetLayerNorm)  # slope 0.01
         *hidden, last = [layer for layer in self.net if isinstance(layer, nn.Linear)]
         for layer in hidden:
             nn.init.uniform_(layer.weight, -(layer.out_features**-0.5), layer.out_features**-0.5)
@@ -251,13 +240,12 @@ class Discriminator(nn.Module):
 
 def coupling_net(d_in, d_out, hidden):
     """m in x2 <- x2 + m(x1); nearly zero at first."""
-    layers = []
-    for before, after in ((d_in, hidden), (hidden, hidden), (hidden, d_out)):
-        linear = nn.Linear(before, after)
-        nn.init.uniform_(linear.weight, -0.01, 0.01)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.LeakyReLU(0.01)]  # after the last layer too (difference 7)
-    return nn.Sequential(*layers)
+    net = nn.Sequential(*mlp([d_in, hidden, hidden, d_out], nn.LeakyReLU), nn.LeakyReLU())  # at the end too (diff. 7)
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            nn.init.uniform_(layer.weight, -0.01, 0.01)
+            nn.init.zeros_(layer.bias)
+    return net
 
 
 class Flow(nn.Module):
@@ -327,16 +315,30 @@ def discriminator_loss(discriminator, real, fake, gp_weight, generator):
     return discriminator(fake).mean() - discriminator(real).mean() + gp_weight * penalty
 
 
-def target_action(actor, obs, noise, noise_clip, generator):
-    """a~ = pi'(s') + clip(noise N(0, 1), -c, c), which may leave the action box (difference 10)."""
+def target_action(actor, obs, target_noise, noise_clip, generator):
+    """a~ = pi'(s') + clip(target_noise N(0, 1), -c, c), which may leave the action box (difference 10)."""
     action = actor(obs)
-    draw = noise * torch.randn(action.shape, device=action.device, generator=generator)
-    return action + draw.clamp(-noise_clip, noise_clip)
+    noise = target_noise * torch.randn(action.shape, device=action.device, generator=generator)
+    return action + noise.clamp(-noise_clip, noise_clip)
 
 
 def alpha_at(step, values, until):
     """alpha(t): values[i] for until[i - 1] <= t < until[i], all of them tensors."""
     return torch.take(values, torch.bucketize(step, until, right=True))
+
+
+def adam(parameters, lr, **more):
+    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    parameters = list(parameters)
+    device = parameters[0].device
+    lr = torch.tensor(lr, device=device)
+    return torch.optim.Adam(parameters, lr, fused=True, capturable=device.type == "cuda", **more)
+
+
+@torch.no_grad()
+def update_target(target, net, tau):
+    """target <- (1 - tau) target + tau net"""
+    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), tau)
 
 
 def step_where(opt, condition):
@@ -358,16 +360,13 @@ class CPED:
         self.metrics = Metrics()
         torch.manual_seed(seed)
         obs_dim, action_dim = data.obs_dim, data.action_dim
+
         self.behavior = Flow(obs_dim, action_dim, args.behavior_hidden, args.density).to(device)
         self.discriminator = Discriminator(obs_dim + action_dim).to(device)
         self.critic = Critic(obs_dim, action_dim, args.hidden).to(device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor = Actor(obs_dim, action_dim, args.hidden, data.max_action).to(device)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
-
-        def adam(params, lr, **more):
-            lr = torch.tensor(lr, device=device)  # a tensor, so that a captured update sees it change
-            return torch.optim.Adam(params, lr, fused=True, capturable=device.type == "cuda", **more)
 
         self.behavior_opt = adam(self.behavior.parameters(), args.behavior_lr, betas=(0.9, 0.01), eps=1e-4)
         self.discriminator_opt = adam(self.discriminator.parameters(), args.behavior_lr)
@@ -400,10 +399,8 @@ class CPED:
             self.critic_step(batch)
             if i == 0:
                 self.actor_step(batch)
-                with torch.no_grad():
-                    target = [*self.critic_target.parameters(), *self.actor_target.parameters()]
-                    online = [*self.critic.parameters(), *self.actor.parameters()]
-                    torch._foreach_lerp_(target, online, self.args.tau)
+                update_target(self.critic_target, self.critic, self.args.tau)
+                update_target(self.actor_target, self.actor, self.args.tau)
             self.step += 1
 
     def discriminator_step(self, batch, fake):
@@ -415,36 +412,48 @@ class CPED:
         self.metrics.add(discriminator_loss=loss)
 
     def behavior_step(self, batch, fake):
+        # likelihood and GAN, Eq. 4
         nll = self.behavior.nll(batch.obs, batch.action).mean()
-        behavior_loss = nll - self.args.gan_weight * self.discriminator(fake).mean()  # Eq. 4
+        behavior_loss = nll - self.args.gan_weight * self.discriminator(fake).mean()
+
         self.behavior_opt.zero_grad()
-        behavior_loss.backward(inputs=list(self.behavior.parameters()))
+        behavior_loss.backward(inputs=list(self.behavior.parameters()))  # the discriminator stays as it is
         step_where(self.behavior_opt, behavior_loss.isfinite())
         self.metrics.add(behavior_loss=behavior_loss, nll=nll)
 
     def critic_step(self, batch):
+        args = self.args
         with torch.no_grad():
-            next_action = target_action(self.actor_target, batch.next_obs, self.args.target_noise,
-                                        self.args.noise_clip, self.generator)  # fmt: skip
+            next_action = target_action(
+                self.actor_target, batch.next_obs, args.target_noise, args.noise_clip, self.generator
+            )
             next_q = self.critic_target(batch.next_obs, next_action).amin(0)
-            target = batch.reward + self.args.gamma * (1 - batch.terminal) * next_q
+            target = batch.reward + args.gamma * (1 - batch.terminal) * next_q
         q = self.critic(batch.obs, batch.action)
         critic_loss = ((q - target) ** 2).mean(1).sum()
+
         self.critic_opt.zero_grad()
         critic_loss.backward()
-        step_where(self.critic_opt, self.step >= self.args.critic_start)
+        step_where(self.critic_opt, self.step >= args.critic_start)
         self.metrics.add(critic_loss=critic_loss, q=q.mean())
 
     def actor_step(self, batch):
+        action = self.actor(batch.obs)
+
+        # density: -log p(s, pi(s)) - epsilon, at most 0 in Eq. 7
+        if self.args.epsilon is None:
+            with torch.no_grad():
+                epsilon = self.behavior.nll(batch.obs, batch.action).mean()
+        else:
+            epsilon = self.args.epsilon
+        excess = self.behavior.nll(batch.obs, action).mean() - epsilon
+
+        # Q, from t_Q on
+        q = self.critic(batch.obs, action).amin(0).mean()
+        q_weight = (self.step >= self.args.q_start).float()
+
         if self.args.alpha_mode == "schedule":
             self.alpha.copy_(alpha_at(self.step, self.alpha_values, self.alpha_until))
-        action = self.actor(batch.obs)
-        q = self.critic(batch.obs, action).amin(0).mean()
-        with torch.no_grad():
-            data_nll = self.behavior.nll(batch.obs, batch.action).mean()
-        epsilon = data_nll if self.args.epsilon is None else self.args.epsilon
-        excess = self.behavior.nll(batch.obs, action).mean() - epsilon  # at most 0 in Eq. 7
-        q_weight = (self.step >= self.args.q_start).float()
         actor_loss = self.alpha * excess - q_weight * q
         self.actor_opt.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # flow and critics stay as they are
@@ -468,40 +477,6 @@ def row_counter(terminal):
     first = np.concatenate([[True], terminal[:-1]])  # rows after a terminal
     start = np.maximum.accumulate(np.where(first, row, 0))
     return (row - start) % 1000 == 999
-
-
-def bandit(name):
-    """One state and 10,000 actions along an open ring or a wave; the greatest reward is in a corner far from them."""
-    generator = torch.Generator().manual_seed(0)
-    t = math.pi * torch.rand(10_000, 1, generator=generator)
-    if name == "bandit-ring":
-        action = torch.cat([torch.cos(1.5 * t), torch.sin(1.5 * t)], 1)
-    else:
-        action = torch.cat([2 * t / math.pi - 1, -0.6 * torch.sin(2 * t)], 1)
-    action = action + 0.05 * torch.randn(10_000, 2, generator=generator)
-    return Dataset.bandit(name, action, lambda action: action.sum(1))
-
-
-def draw_bandit(learner, data, path):
-    """Learned density, the data's actions, the policy's action, and where Q alone would lead."""
-    device, size = learner.generator.device, data.max_action
-    side = torch.linspace(-size, size, 200, device=device)
-    grid = torch.cartesian_prod(side, side)
-    obs = torch.zeros(len(grid), 1, device=device)
-    with torch.no_grad():
-        density = torch.exp(-learner.behavior.nll(obs, grid)).view(200, 200).T.cpu()
-        best = grid[learner.critic(obs, grid).amin(0).argmax()].cpu()
-        action = learner.actor(obs[:1])[0].cpu()
-
-    def draw(axes):
-        axes.imshow(density, origin="lower", extent=(-size, size, -size, size), cmap="Blues")
-        axes.scatter(*data.action[:1000].cpu().T, s=1, c="grey", label="data")
-        axes.scatter(*best, marker="x", c="black", label="greatest Q in the box")
-        axes.scatter(*action, c="red", label="policy")
-        axes.set(title=data.name)
-        axes.legend(loc="lower right", fontsize=8)
-
-    save_figure(path, draw)
 
 
 @torch.no_grad()
@@ -534,31 +509,67 @@ def draw_density(learner, data, path):
         if j == 0:
             axes.legend(loc="upper right", fontsize=7)
 
-    save_figure(path, *(functools.partial(draw, j=j) for j in range(min(data.action_dim, 6))), size=3.5)
+    save_figure(path, *(partial(draw, j=j) for j in range(min(data.action_dim, 6))), size=3.5)
 
 
-def check(args):
-    if min(args.policy_delay, args.discriminator_steps) < 1:
-        raise UserError("--policy-delay and --discriminator-steps must be at least 1")
-    if len(args.alpha) != len(args.alpha_until) + 1 or list(args.alpha_until) != sorted(args.alpha_until):
-        raise UserError(
-            "--alpha-until takes increasing fractions of --steps, one fewer than --alpha has values, found "
-            f"{list(args.alpha)} and {list(args.alpha_until)}"
-        )
+def draw_plane(learner, data, path):
+    """A 2-D scene: learned density, the data's actions, the policy's action, and where Q alone would lead."""
+    device, size = learner.generator.device, data.max_action
+    side = torch.linspace(-size, size, 200, device=device)
+    grid = torch.cartesian_prod(side, side)
+    obs = torch.zeros(len(grid), 1, device=device)
+    with torch.no_grad():
+        density = torch.exp(-learner.behavior.nll(obs, grid)).view(200, 200).T.cpu()
+        best = grid[learner.critic(obs, grid).amin(0).argmax()].cpu()
+        action = learner.actor(obs[:1])[0].cpu()
+
+    def draw(axes):
+        axes.imshow(density, origin="lower", extent=(-size, size, -size, size), cmap="Blues")
+        axes.scatter(*data.action[:1000].cpu().T, s=1, c="grey", label="data")
+        axes.scatter(*best, marker="x", c="black", label="greatest Q in the box")
+        axes.scatter(*action, c="red", label="policy")
+        axes.set(title=data.name)
+        axes.legend(loc="lower right", fontsize=8)
+
+    save_figure(path, draw)
+
+
+def published(args):
+    """Whether the data are the paper's own, read as they were downloaded."""
+    return args.env in PAPER and not args.data_path
+
+
+def check(args, given):
+    at_least(args, 1, "hidden", "behavior_hidden", "policy_delay", "discriminator_steps")
+    at_least(args, 0, "behavior_steps", "critic_start", "q_start", "gamma", "behavior_lr", "critic_lr", "actor_lr")
+    at_least(args, 0, "tau", "target_noise", "noise_clip", "alpha_lr", "gan_weight", "gp_weight")
+    at_most(args, 1, "gamma", "tau")
+    if args.alpha_mode == "dual":
+        useless(given, ["alpha_until"], "with --alpha-mode dual")
+    else:
+        useless(given, ["epsilon", "alpha_lr"], "with --alpha-mode schedule")
+        if len(args.alpha) != len(args.alpha_until) + 1 or list(args.alpha_until) != sorted(args.alpha_until):
+            raise UserError(
+                "--alpha-until takes increasing fractions of --steps, one fewer than --alpha has values, found "
+                f"{list(args.alpha)} and {list(args.alpha_until)}"
+            )
+    if not args.alpha or not all(math.isfinite(alpha) and alpha >= 0 for alpha in args.alpha):
+        raise UserError(f"--alpha takes weights of at least 0, found {list(args.alpha)}")
+    if not published(args):
+        useless(given, ["use_timeouts"], "here: only the paper's datasets, as downloaded, are read in another way")
 
 
 def main():
-    args = parse_args(Args, PAPER | OURS, proportional=("behavior_steps", "critic_start", "q_start"), doc=__doc__)
+    args = parse_args(
+        Args, PAPER | OURS, check, proportional=("behavior_steps", "critic_start", "q_start"), doc=__doc__
+    )
     if args.evaluate:
         return evaluate_run(args, CPED)
-    check(args)
-    is_bandit = args.env in OURS and args.env.startswith("bandit-")
-    rule = None if args.use_timeouts else row_counter
-    data = bandit(args.env) if is_bandit else load_dataset(args.env, args.data_path, timeout_rule=rule)
+    rule = row_counter if published(args) and not args.use_timeouts else None
+    data = load_dataset(args.env, args.data_path, timeout_rule=rule)
     data.reward.add_(args.reward_offset)
     data = data.to(args.device)
     learners = [CPED(args, data, seed) for seed in args.seed]
-    args.paper_score = PUBLISHED.get(args.env)
     run = Run(args, learners, data, __file__, PROTOCOL)
 
     update = capture(learners, "pretrain")
@@ -567,11 +578,9 @@ def main():
     update = capture(learners, "update")
     for _ in run.updates("policy", args.steps, stride=args.policy_delay, evaluate=True):
         update()
+    draw = draw_plane if args.env in SCENES else draw_density
     for learner, folder in zip(learners, run.folders):
-        if is_bandit:
-            draw_bandit(learner, data, folder / "bandit.png")
-        else:
-            draw_density(learner, data, folder / "density.png")
+        draw(learner, data, folder / "density.png")
     run.finish()
 
 
