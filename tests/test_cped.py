@@ -404,7 +404,7 @@ def test_alpha_table_of_antmaze():
 
 
 def test_official_numbers_of_updates():
-    """The paper's MuJoCo run with all lengths divided by 1000; critics' and actor's targets move once an actor update."""
+    """The paper's MuJoCo run with all lengths divided by 1000; both targets move once an actor update."""
     learner = make_learner(behavior_hidden=4, hidden=4, batch_size=2, steps=1000, critic_start=30, q_start=50)
     with_q, alphas, add = [], [], learner.metrics.add
 
