@@ -1500,8 +1500,16 @@ def load_run(script, folder, Args, seed=None, device="cpu"):
 
 
 def same_settings(folder, theirs, ours, names):
-    """Refuse the run in `folder` if it was made with other settings than ours: `theirs` and `ours` are dicts."""
-    changed = [f"--{name.replace('_', '-')} {theirs[name]}" for name in names if theirs[name] != ours[name]]
+    """Refuse the run in `folder` if it was made with other settings than ours: `theirs` and `ours` are dicts.
+
+    names: fields of `Args`, and "fingerprint" for the data.
+    """
+    text = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value
+    changed = [
+        "other data" if name == "fingerprint" else f"--{name.replace('_', '-')} {text(theirs.get(name))}"
+        for name in names
+        if theirs.get(name) != ours[name]
+    ]
     if changed:
         raise UserError(f"{folder} was made with {', '.join(changed)}, unlike this run")
 
@@ -1797,7 +1805,7 @@ class Run:
     def save(self):
         """Checkpoints of all seeds: written beside the old ones first, then renamed, so that a kill costs nothing."""
         self.seconds = time.monotonic() - self.start
-        dims = {name: getattr(self.data, name) for name in ("obs_dim", "action_dim", "max_action")}
+        dims = {name: getattr(self.data, name) for name in ("obs_dim", "action_dim", "max_action", "fingerprint")}
         books = {name: getattr(self, name) for name in BOOKS} | dict(dims=dims)
         parts = [folder / "checkpoint.pt.part" for folder in self.folders]
         try:
