@@ -283,14 +283,14 @@ def test_flags_reach_the_policy_loss(flag):
 MODELS = dict.fromkeys("gamma critic_lr tau expectile".split(), ["critic", "value", "critic_target", "actor"])
 MODELS |= dict.fromkeys("behavior_lr dropout weight_decay behavior_hidden".split(), ["behavior", "actor"])
 MODELS |= dict(hidden=["critic", "value", "critic_target", "behavior", "actor"])  # the behaviour model by other draws
-OTHER = dict(gamma=0.5, critic_lr=1e-2, behavior_lr=1e-2, actor_lr=1e-2, lr_decay=False, tau=0.5, expectile=0.9,
+OTHER = dict(gamma=0.5, critic_lr=0.1, behavior_lr=1e-2, actor_lr=1e-2, lr_decay=False, tau=0.5, expectile=0.9,
              beta=1.0, weighting="one", fixed_t=0.5, subtract_baseline=False, q_grad_norm="rms", hidden=16,
              actor_layers=3, behavior_hidden=16, dropout=0.5, weight_decay=1.0)  # fmt: skip
 
 
 def trained(**settings):
     """The networks as bytes, after four updates of each phase."""
-    learner = with_batch(make_learner(**dict(tau=0.1) | settings), random_batch())
+    learner = with_batch(make_learner(**dict(tau=0.1, critic_lr=0.01) | settings), random_batch())
     for _ in range(4):
         learner.critic_update()
         learner.behavior_update()
