@@ -2,66 +2,75 @@
 
 Jing Zhang, Linjiajie Fang, Kexin Shi, Wenjia Wang, Bing-Yi Jing: "Q-Distribution Guided Q-Learning for Offline
 Reinforcement Learning: Uncertainty Penalized Q-Value via Consistency Model", NeurIPS 2024, arXiv:2410.20312.
-Official code (JAX): github.com/evalarzj/qdq, f083a57.
+Official code (JAX): github.com/evalarzj/qdq, commit f083a57.
 
     python qdq.py                              # built-in HalfCheetah data, minutes on a CPU core
     python qdq.py --env hopper-medium-v2       # the paper's run, all three phases
     python qdq.py --env hopper-medium-v2 --seed 1 2 3 4 --reuse runs/qdq/hopper-medium-v2/seed0    # last phase only
+    python qdq.py --env bandit-8gaussians      # a 2-D example; result: bandit.png
 
 A generative model of the returns seen after (s, a) says how uncertain Q is there: its samples, so the paper, spread
 more for actions far from the data (but see difference 13). Where they spread most, the critic's target is made smaller.
 
-    returns     G(s_b, a_b) = sum_{i < 200} gamma^i r_{b+i},  a window every 10 steps, scaled to x in [-1, 1]     Eq. 5
-    score       L = E w(t) (D(x + t z, t | s, a) - x)^2
-    consistency L = E (f(x_t, t | s, a) - f'(x^, t' | s, a))^2,  x^ one Heun step of D from x_t to t' < t
-    uncertainty H(s, a) = std of Q_1..Q_n,  Q_j = f(80 z_j, 80 | s, a) in units of the return                     Eq. 6
-    target      Q_L = Q / H on the uncertain set U, beta Q off it;  U = {H > its beta-quantile in the batch}      Eq. 8
-    critic      L = alpha E (r + gamma Q' - Q)^2 + (1 - alpha) E (r + gamma Q_L' - Q)^2                           Eq. 7
-    actor       L = -E min(Q1, Q2)(s, pi(s)) - w_bc E log pi(a | s)                                               Eq. 9
+    returns     G(s_b, a_b) = sum_{i < 200} gamma^i r_{b+i},  scaled to x in [-1, 1]   Eq. 5  return_dataset
+    score       L = E w(t) (D(x + t z, t | s, a) - x)^2                                       score_loss
+    consistency L = E (f(x_t, t | s, a) - f'(x^, t' | s, a))^2,                               consistency_loss
+                x^ one Heun step of D from x_t to t' < t                                      heun_step
+    uncertainty H(s, a) = std of Q_1..Q_n,  Q_j = f(80 z_j, 80 | s, a) as a return     Eq. 6  QDQ.uncertainty
+    target      Q_L = Q / H on the uncertain set U, beta Q off it;                     Eq. 8  penalty_weight
+                U = {H > its beta-quantile in the batch}
+    critic      L = alpha E (r + gamma Q' - Q)^2 + (1 - alpha) E (r + gamma Q_L' - Q)^2   Eq. 7  critic_step
+    actor       L = -E min(Q1, Q2)(s, pi(s)) - w_bc E log pi(a | s)                    Eq. 9  pg_loss (or awr_loss)
 
-In the file: Eq. 5 truncated_returns, return_dataset; score score_loss; consistency consistency_loss, heun_step; Eq. 6
-QDQ.uncertainty (sample_returns, one_step); Eq. 7 critic_targets in critic_step; Eq. 8 penalty_weight; Eq. 9 pg_loss (or
-awr_loss) in actor_step. Alg. 1 line by line: return_dataset; consistency_update, whose teacher score_update trains
-first; then policy_update: sample, critic_step, actor_step, move for both targets.
+    Algorithm 1  a window of returns every 10 steps                                           return_dataset
+                 800,000 times: score model D (EDM)                                           score_update
+                 1,600,000 times: consistency model f, whose moving average is f'             consistency_update
+                 1,000,000 times: critic; on every second actor and targets                   policy_update
+    to act       the mean of pi                                                               act
 
-Three phases in one command: 800,000 updates of the score model D (EDM), 1,600,000 of the consistency model f (f' is its
-moving average), 1,000,000 of critic (Alg. 1) with actor and targets on every second. To act: the mean of pi.
-
-Differences between paper, official code and this file (which follows the code, whose settings and released checkpoints
-agree with each other; Tables G.1 and G.2 of the paper do not):
- 1. Table G.1 has 80,000 and 160,000 updates for score and consistency model; the checkpoints 800,000 and 1,600,000
-    (1,000,000 halfcheetah-medium-replay, 2,000,000 walker2d-medium-expert): --score-steps, --consistency-steps.
- 2. alpha: .99 (halfcheetah, hopper-medium and -medium-replay, AntMaze) or .95 in Table G.2, .992 (Gym), .99 (AntMaze)
-    and .01 (umaze-diverse) in the code: --alpha. beta: .8 for hopper, .9 elsewhere in the paper; .8 for walker2d too in
-    the code: --beta. w_bc: 0 or 1 in the paper, 0 to 2 in the code: --bc-coef.
- 3. Eq. 8 has beta Q off U; the code's AntMaze has Q there, and in five sets 1 + 0.1 (1 - 1/H) on U: --penalty.
- 4. Eq. 9 draws a from pi; the code takes its mean. AntMaze but umaze-diverse extracts the policy by AWR: --actor-loss.
- 5. The target action is the target policy's mean with TD3 noise; the code also draws it from the policy where w_bc > 0
-    (in antmaze-medium-diverse this is all that w_bc does), here a setting of its own: --no-target-sample.
- 6. Eq. 6 divides by n - 1, the code by n, as here. Eq. 5 discounts from the start of the episode, the code from the
-    start of the window. An episode of up to 200 steps gives one window, a longer one at most 100.
- 7. Three hidden layers in the paper; AntMaze has two, and LayerNorm in the critic for the large mazes. Gradient
-    clipping and the actor's cosine decay are only in the code: --layers, --layer-norm, --clip-grad.
- 8. Alg. 1 moves actor and targets at every update, the code at every second. The actor's cosine counts actor updates
-    over --steps and so ends at half the learning rate.
- 9. The student begins from random weights, though the usual recipe copies the teacher: --init-from-teacher. Its noise
-    levels leave out the highest (80), at which it is then sampled. The code gives f' weights of its own; here a copy.
-10. RAdam for the consistency model: here Adam with RAdam's factor on its learning rate, which leaves out the five first
-    updates of plain momentum.
-11. The code draws each batch without replacement and clips the data's actions to 1 - 1e-5: both dropped.
-12. All seeds of the paper share one score and consistency model; here each trains its own without --reuse.
-13. H is mostly error of the distillation, not spread of the returns (the score model's samples spread far less, see
-    returns.png). In a small known system it was no larger off the data (tests/benchmarks/claim_qdq.py). The method
-    needs only 1/H < beta on U, which holds in units of the return; it fails if H is below 1.
+    The paper (P) or its code (C)                           This file, which follows C, as C's released checkpoints do
+ 1. P: 80,000 and 160,000 updates of score and consistency  800,000 and 1,600,000 (1,000,000 halfcheetah-medium-replay,
+    model (Table G.1)                                       2,000,000 walker2d-medium-expert), as the checkpoints have
+ 2. P: alpha .99 (halfcheetah, hopper-medium, -replay,      .992 (MuJoCo), .99 (AntMaze), .01 (umaze-diverse): --alpha;
+    AntMaze) or .95, w_bc 0 or 1, beta .8 for hopper        w_bc 0 to 2: --bc-coef; .8 for walker2d too: --beta
+ 3. P: Eq. 8 has beta Q off U                               AntMaze has Q there, and in five sets 1 + 0.1 (1 - 1/H) on
+                                                            U: --penalty
+ 4. P: Eq. 9 draws a from pi                                its mean; AntMaze but umaze-diverse extracts the policy by
+                                                            AWR: --actor-loss
+ 5. C: target action: the target policy's mean with TD3     --no-target-sample is a setting of its own (in antmaze-
+    noise, drawn from the policy before where w_bc > 0      medium-diverse sampling is all that w_bc does)
+ 6. P: Eq. 6 divides by n - 1; Eq. 5 discounts from the     by n; from the start of the window. An episode of up to 200
+    start of the episode                                    steps gives one window, a longer one at most 100
+ 7. P: three hidden layers                                  AntMaze: two (--layers), and LayerNorm in the critic for the
+                                                            large mazes (--layer-norm); C's --clip-grad
+ 8. P: Alg. 1 moves actor and targets at every update       at every second. The actor's cosine (C) counts its updates
+                                                            over --steps and so ends at half the learning rate
+ 9. C: the student begins from random weights and does not  so here; --init-from-teacher copies the teacher, as usual.
+    see the highest noise level (80), where it is sampled   f' begins as a copy and keeps f's Fourier frequencies
+    later; f' has weights and Fourier frequencies of its
+    own, which the moving average moves
+10. C: RAdam for the consistency model                      Adam with RAdam's factor on its rate: without the first five
+                                                            updates, of plain momentum
+11. C: batches without replacement; actions clipped to      neither
+    1 - 1e-5
+12. P: all seeds share one score and consistency model      each trains its own without --reuse
+13. P: H is larger off the data                             H is mostly error of the distillation, not spread of the
+                                                            returns (the score model's samples spread far less, see
+                                                            returns.png), and in a small known system no larger off the
+                                                            data (tests/benchmarks/claim_qdq.py). The method needs only
+                                                            1/H < beta on U, which holds in units of the return; it
+                                                            fails if H is below 1
+14. C: actions in [-1, 1]                                   mean, spread and noise of the policy scale with max_action
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, the same fields of all rows in order, and `obs_dim`, `action_dim`), `parse_args`, `Run`, `capture`, `Metrics`;
-the README has 20 lines.
+`Batch`, the same fields of all rows in order, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`,
+`capture`, `Metrics`; the README has 20 lines.
 """
 
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -73,115 +82,89 @@ from common import (
     Run,
     RunArgs,
     UserError,
+    at_least,
+    at_most,
     capture,
     cli,
     evaluate_run,
-    load_checkpoint,
     load_dataset,
+    load_run,
     parse_args,
+    same_settings,
     save_figure,
     set_state,
+    useless,
 )
 
 
 @dataclass
 class Args(RunArgs):
     # QDQ
-    score_steps: int = 800_000
-    """Updates of the score model."""
-    consistency_steps: int = 1_600_000
-    """Updates of the consistency model."""
-    reuse: str | None = None
-    """Folder of a run on the same data: take its score and consistency model, skip both phases."""
-    gamma: float = 0.99
-    """Discount, of the truncated returns too."""
-    window: int = 200
-    """Rewards in a truncated return, Eq. 5."""
-    window_stride: int = 10
-    """Steps between the starts of two truncated returns, Eq. 5."""
-    score_lr: float = 5e-4
-    """Learning rate of the score model, cosine to zero."""
-    consistency_lr: float = 4e-4
-    """Learning rate of the consistency model, cosine to zero."""
-    levels: int = 1000
-    """Noise levels of the distillation."""
-    consistency_tau: float = 0.005
-    """Rate of the moving average f', moved every fifth update."""
-    init_from_teacher: bool = False
-    """Start the consistency model from the score model's weights."""
-    return_hidden: int = 256
-    """Width of score and consistency model."""
-    lr: float = 3e-4
-    """Learning rate of critic and actor."""
-    tau: float = 0.005
-    """Rate of the target networks (kappa in Alg. 1)."""
-    alpha: float = 0.992
-    """Weight of the plain Bellman error, Eq. 7."""
-    beta: float = 0.9
-    """Quantile of H above which an action is uncertain, and the factor of Q below it, Eq. 8."""
+    score_steps: int = 800_000  # Updates of the score model
+    consistency_steps: int = 1_600_000  # Updates of the consistency model
+    reuse: str | None = None  # Folder of a run on the same data: take its score and consistency model, skip both phases
+    gamma: float = 0.99  # Discount, of the truncated returns too
+    window: int = 200  # Rewards in a truncated return, Eq. 5
+    window_stride: int = 10  # Steps between the starts of two truncated returns, Eq. 5
+    score_lr: float = 5e-4  # Learning rate of the score model, cosine to zero
+    consistency_lr: float = 4e-4  # Learning rate of the consistency model, cosine to zero
+    levels: int = 1000  # Noise levels of the distillation
+    consistency_tau: float = 0.005  # Rate of the moving average f', moved every fifth update
+    init_from_teacher: bool = False  # Start the consistency model from the score model's weights
+    return_hidden: int = 256  # Width of score and consistency model
+    critic_lr: float = 3e-4  # Learning rate of the critic
+    actor_lr: float = 3e-4  # Learning rate of the actor, cosine to half
+    tau: float = 0.005  # Rate of the target networks (kappa in Alg. 1)
+    alpha: float = 0.992  # Weight of the plain Bellman error, Eq. 7
+    beta: float = 0.9  # Quantile of H above which an action is uncertain, and the factor of Q below it, Eq. 8
+    # Factor of Q on / off the uncertain set: 1/H, beta (Eq. 8); 1/H, 1; 1 + 0.1 (1 - 1/H), 1
     penalty: Literal["paper", "keep", "mild"] = "paper"
-    """Factor of Q on / off the uncertain set: 1/H, beta (Eq. 8); 1/H, 1; 1 + 0.1 (1 - 1/H), 1."""
-    q_samples: int = 50
-    """Samples of the consistency model for each H (n in Eq. 6)."""
+    q_samples: int = 50  # Samples of the consistency model for each H (n in Eq. 6)
+    # Policy gradient with likelihood (Eq. 9) or advantage-weighted regression
     actor_loss: Literal["pg", "awr"] = "pg"
-    """Policy gradient with likelihood (Eq. 9) or advantage-weighted regression."""
-    bc_coef: float = 0.8
-    """Weight of the likelihood of the data's actions (gamma in Eq. 9); pg only."""
-    target_sample: bool = True
-    """Draw the target action from the target policy, before the TD3 noise."""
-    clip_grad: float = 10.0
-    """Largest norm of the critic's gradient."""
-    hidden: int = 256
-    """Width of critic and actor."""
-    layers: int = 3
-    """Hidden layers of critic and actor."""
-    layer_norm: bool = False
-    """LayerNorm in the critic."""
-    reward_offset: float = 0.0
-    """Added to every reward (AntMaze: -1)."""
+    bc_coef: float = 0.8  # Weight of the likelihood of the data's actions (gamma in Eq. 9); pg only
+    target_sample: bool = True  # Draw the target action from the target policy, before the TD3 noise
+    clip_grad: float = 10.0  # Largest norm of the critic's gradient
+    hidden: int = 256  # Width of critic and actor
+    layers: int = 3  # Hidden layers of critic and actor
+    layer_norm: bool = False  # LayerNorm in the critic
+    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1)
 
 
-def gym(beta, bc_coef, **more):
-    return dict(alpha=0.992, beta=beta, bc_coef=bc_coef, target_sample=bc_coef > 0, clip_grad=10.0, eval_every=5_000,
-                **more)  # fmt: skip
+def mujoco(beta, bc_coef, score, **more):
+    return dict(beta=beta, bc_coef=bc_coef, target_sample=bc_coef > 0, eval_every=5_000, paper_score=score, **more)
 
 
-def antmaze(**more):
-    return dict(alpha=0.99, beta=0.9, penalty="mild", actor_loss="awr", target_sample=False, clip_grad=7.0, layers=2,
-                reward_offset=-1.0, eval_every=100_000, eval_episodes=100) | more  # fmt: skip
+def maze(score, **more):
+    return dict(alpha=0.99, penalty="mild", actor_loss="awr", target_sample=False, clip_grad=7.0, layers=2,
+                reward_offset=-1.0, eval_every=100_000, eval_episodes=100, paper_score=score) | more  # fmt: skip
 
 
-PAPER = {  # configs/<dataset>/qdq_config.py of the official code, which win over Tables G.1 and G.2 (differences 1, 2)
-    "halfcheetah-medium-v2": gym(0.9, 0.0),
-    "halfcheetah-medium-replay-v2": gym(0.9, 0.1, consistency_steps=1_000_000),
-    "halfcheetah-medium-expert-v2": gym(0.9, 2.0),
-    "hopper-medium-v2": gym(0.8, 0.8),
-    "hopper-medium-replay-v2": gym(0.8, 0.8),
-    "hopper-medium-expert-v2": gym(0.8, 2.0),
-    "walker2d-medium-v2": gym(0.8, 0.8),
-    "walker2d-medium-replay-v2": gym(0.8, 0.8),
-    "walker2d-medium-expert-v2": gym(0.8, 2.0, consistency_steps=2_000_000),
-    "antmaze-umaze-v0": antmaze(),
-    "antmaze-umaze-diverse-v0": antmaze(alpha=0.01, penalty="keep", actor_loss="pg", bc_coef=1.5, target_sample=True),
-    "antmaze-medium-play-v0": antmaze(),
-    "antmaze-medium-diverse-v0": antmaze(target_sample=True),
-    "antmaze-large-play-v0": antmaze(layer_norm=True),
-    "antmaze-large-diverse-v0": antmaze(layer_norm=True, clip_grad=3.0),
+DIVERSE = dict(alpha=0.01, penalty="keep", actor_loss="pg", bc_coef=1.5, target_sample=True)
+PAPER = {  # official code, configs/<dataset>/qdq_config.py (differences 1, 2): beta, w_bc; Tables 1 and 2: score
+    "halfcheetah-medium-v2": mujoco(0.9, 0.0, 74.1),
+    "halfcheetah-medium-replay-v2": mujoco(0.9, 0.1, 63.7, consistency_steps=1_000_000),
+    "halfcheetah-medium-expert-v2": mujoco(0.9, 2.0, 99.3),
+    "hopper-medium-v2": mujoco(0.8, 0.8, 99.0),
+    "hopper-medium-replay-v2": mujoco(0.8, 0.8, 102.4),
+    "hopper-medium-expert-v2": mujoco(0.8, 2.0, 113.5),
+    "walker2d-medium-v2": mujoco(0.8, 0.8, 86.9),
+    "walker2d-medium-replay-v2": mujoco(0.8, 0.8, 93.2),
+    "walker2d-medium-expert-v2": mujoco(0.8, 2.0, 115.9, consistency_steps=2_000_000),
+    "antmaze-umaze-v0": maze(98.6),
+    "antmaze-umaze-diverse-v0": maze(67.8, **DIVERSE),
+    "antmaze-medium-play-v0": maze(81.5),
+    "antmaze-medium-diverse-v0": maze(85.4, target_sample=True),
+    "antmaze-large-play-v0": maze(35.6, layer_norm=True),
+    "antmaze-large-diverse-v0": maze(31.2, layer_norm=True, clip_grad=3.0),
 }
 DEMO = dict(hidden=64, return_hidden=64, batch_size=128, q_samples=8, levels=40, consistency_tau=0.05,
-            init_from_teacher=True, lr=1e-3, tau=0.01, bc_coef=2.0, log_every=500)  # fmt: skip
-OURS = {  # settings of this project: built-in data on two CPU cores
-    "halfcheetah-demo-medium-replay": DEMO
-    | dict(steps=12_000, score_steps=8_000, consistency_steps=8_000, eval_every=1_500),
-    "pendulum-demo-medium": DEMO
-    | dict(steps=4_000, score_steps=2_000, consistency_steps=2_000, eval_every=500, window=50, gamma=0.95),
-}
-PUBLISHED = {  # Tables 1 and 2
-    "halfcheetah-medium-v2": 74.1, "hopper-medium-v2": 99.0, "walker2d-medium-v2": 86.9,
-    "halfcheetah-medium-replay-v2": 63.7, "hopper-medium-replay-v2": 102.4, "walker2d-medium-replay-v2": 93.2,
-    "halfcheetah-medium-expert-v2": 99.3, "hopper-medium-expert-v2": 113.5, "walker2d-medium-expert-v2": 115.9,
-    "antmaze-umaze-v0": 98.6, "antmaze-umaze-diverse-v0": 67.8, "antmaze-medium-play-v0": 81.5,
-    "antmaze-medium-diverse-v0": 85.4, "antmaze-large-play-v0": 35.6, "antmaze-large-diverse-v0": 31.2,
+            init_from_teacher=True, critic_lr=1e-3, actor_lr=1e-3, tau=0.01, bc_coef=2.0, log_every=500)  # fmt: skip
+OURS = {  # settings of this project: built-in data on two CPU cores, and 2-D bandits
+    "halfcheetah-demo": DEMO | dict(steps=12_000, score_steps=8_000, consistency_steps=8_000, eval_every=1_500),
+    "pendulum-demo": DEMO | dict(steps=4_000, score_steps=2_000, consistency_steps=2_000, eval_every=500, window=50,
+                                 gamma=0.95),
+    "bandit": DEMO | dict(steps=4_000, score_steps=1_500, consistency_steps=1_500, eval_every=500, log_every=100),
 }  # fmt: skip
 PROTOCOL = (
     "5 seeds, 10 episodes each for MuJoCo and 100 for AntMaze; the code reports the mean of the last five evaluations "
@@ -192,37 +175,12 @@ PROTOCOL = (
 SIGMA_DATA, T_MIN, T_MAX, RHO = 0.5, 0.002, 80.0, 7
 
 
-def truncated_returns(reward, end, gamma, window, stride, most=100):
-    """Discounted sums of at most `window` rewards, Eq. 5: their first rows [n] and their values [n] in float64.
-
-    reward [N], end [N] (true on the last row of each episode). Windows begin every `stride` steps of an episode, up to
-    the first that reaches its end, at most `most` of them.
-    """
-    last = end.nonzero().squeeze(1)
-    first = torch.cat([last.new_zeros(1), last[:-1] + 1])
-    length = last - first + 1
-    count = (1 + (length - window + stride - 1).clamp_min(0) // stride).clamp_max(most)
-    episode = torch.arange(len(count)).repeat_interleave(count)
-    number = torch.arange(len(episode)) - (count.cumsum(0) - count)[episode]
-    start = first[episode] + stride * number
-    total = torch.zeros(len(start), dtype=torch.float64)
-    for i in reversed(range(window)):
-        row = start + i
-        inside = row <= last[episode]
-        total = torch.where(inside, reward[row.clamp_max(len(reward) - 1)] + gamma * total, 0.0)
-    return start, total
-
-
-def return_dataset(data, gamma, window, stride):
-    """D_Q: rows (s, a, x) [n, S + A + 1], x the truncated return scaled to [-1, 1], and (Qmin, Qmax) [2]."""
-    jump = (data.obs[1:] - data.next_obs[:-1]).norm(dim=1) > 1e-6  # a time limit or a reset
-    end = torch.cat([jump | (data.terminal[:-1] > 0), torch.tensor([True])])
-    start, value = truncated_returns(data.reward.double(), end, gamma, window, stride)
-    low, high = value.min(), value.max()
-    if low == high:
-        raise UserError(f"all truncated returns in {data.name} are {low:g}: there is no distribution to learn")
-    x = 2 * (value - low) / (high - low) - 1
-    return torch.cat([data.obs[start], data.action[start], x.float()[:, None]], dim=1), torch.stack([low, high]).float()
+def mlp(sizes, activation, linear=nn.Linear, norm=None):
+    """Linear layers of these sizes, `activation` (and before it, `norm`) after all but the last."""
+    layers = []
+    for d_in, d_out in zip(sizes, sizes[1:]):
+        layers += [linear(d_in, d_out), *([norm(d_out)] if norm else []), activation()]
+    return nn.Sequential(*layers[: -2 if norm else -1])
 
 
 def linear(d_in, d_out):
@@ -261,13 +219,11 @@ class EnsembleLayerNorm(nn.Module):
 class Critic(nn.Module):
     """Q1 and Q2: obs [B, S], action [B, A] -> [2, B]."""
 
-    def __init__(self, obs_dim, action_dim, hidden, depth, layer_norm):
+    def __init__(self, obs_dim, action_dim, hidden, layers, layer_norm):
         super().__init__()
-        layers, width = [], obs_dim + action_dim
-        for _ in range(depth):
-            layers += [EnsembleLinear(2, width, hidden), *[EnsembleLayerNorm(2, hidden)] * layer_norm, nn.Mish()]
-            width = hidden
-        self.net = nn.Sequential(*layers, EnsembleLinear(2, hidden, 1))
+        sizes = [obs_dim + action_dim, *[hidden] * layers, 1]
+        norm = partial(EnsembleLayerNorm, 2) if layer_norm else None
+        self.net = mlp(sizes, nn.Mish, partial(EnsembleLinear, 2), norm)
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], dim=-1)
@@ -275,20 +231,17 @@ class Critic(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy pi, a Gaussian around a tanh: obs [B, S] -> mean [B, A] in [-1, 1], log_std [A]."""
+    """Policy pi, a Gaussian around a tanh: obs [B, S] -> mean [B, A] in [-max_action, max_action], log_std [A]."""
 
-    def __init__(self, obs_dim, action_dim, hidden, depth):
+    def __init__(self, obs_dim, action_dim, hidden, layers, max_action):
         super().__init__()
-        layers, width = [], obs_dim
-        for _ in range(depth):
-            layers += [linear(width, hidden), nn.ReLU()]
-            width = hidden
-        self.net = nn.Sequential(*layers, linear(hidden, action_dim), nn.Tanh())
-        nn.init.orthogonal_(self.net[-2].weight, gain=2**0.5)
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.max_action = max_action
+        self.net = mlp([obs_dim, *[hidden] * layers, action_dim], nn.ReLU, linear)
+        nn.init.orthogonal_(self.net[-1].weight, gain=2**0.5)
+        self.log_std = nn.Parameter(torch.zeros(action_dim))  # in units of max_action
 
     def forward(self, obs):
-        return self.net(obs), self.log_std.clamp(-5, 2)
+        return self.max_action * torch.tanh(self.net(obs)), self.log_std.clamp(-5, 2) + math.log(self.max_action)
 
 
 class ReturnNet(nn.Module):
@@ -297,12 +250,9 @@ class ReturnNet(nn.Module):
     def __init__(self, d_in, hidden):
         super().__init__()
         self.register_buffer("freqs", 16 * torch.randn(8))
-        self.time = nn.Sequential(linear(16, 32), nn.SiLU(), linear(32, 32), nn.SiLU())
-        layers, width = [], d_in + 1 + 32
-        for _ in range(3):
-            layers += [linear(width, hidden), nn.GroupNorm(hidden // 8, hidden, eps=1e-6), nn.SiLU()]
-            width = hidden
-        self.net = nn.Sequential(*layers, linear(hidden, 1))
+        self.time = nn.Sequential(*mlp([16, 32, 32], nn.SiLU, linear), nn.SiLU())
+        norm = lambda d: nn.GroupNorm(max(d // 8, 1), d, eps=1e-6)  # groups of 8
+        self.net = mlp([d_in + 1 + 32, hidden, hidden, hidden, 1], nn.SiLU, linear, norm)
 
     def raw(self, x, t, obs_action):
         """N(c_in x, ln(t) / 4 | s, a)."""
@@ -396,8 +346,7 @@ def penalty_weight(h, beta, penalty):
 
 
 def critic_targets(reward, discount, next_q, weight):
-    """r + gamma Q' and r + gamma Q_L' of Eq. 7: reward, discount (0 after a terminal), weight [B], next_q [2, B]."""
-    next_q = next_q.amin(0)
+    """r + gamma Q' and r + gamma Q_L' of Eq. 7: reward, discount (0 after a terminal), next_q, weight [B]."""
     return reward + discount * next_q, reward + discount * weight * next_q
 
 
@@ -409,28 +358,37 @@ def log_prob(mean, log_std, action):
 def pg_loss(actor, critic, obs, action, bc_coef):
     """-E min(Q1, Q2)(s, mean of pi) - bc_coef E log pi(a | s), Eq. 9 with difference 4."""
     mean, log_std = actor(obs)
-    return -bc_coef * log_prob(mean, log_std, action).mean() - critic(obs, mean).amin(0).mean()
+    q = critic(obs, mean).amin(0)
+    return -bc_coef * log_prob(mean, log_std, action).mean() - q.mean()
 
 
 def awr_loss(actor, actor_target, critic, obs, action, generator, temperature=6.0, most=100.0, samples=30):
     """-E min(exp(6 (Q - V)), 100) log pi(a | s), V the mean of Q over actions of the target policy."""
     with torch.no_grad():
-        mean, log_std = actor_target(obs.repeat_interleave(samples, dim=0))
+        many = obs.repeat_interleave(samples, dim=0)
+        mean, log_std = actor_target(many)
         noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
         drawn = mean + log_std.exp() * noise  # may leave the action box
-        value = critic(obs.repeat_interleave(samples, dim=0), drawn).amin(0).view(-1, samples).mean(1)
-        weight = torch.exp(temperature * (critic(obs, action).amin(0) - value)).clamp_max(most)
+        v = critic(many, drawn).amin(0).view(-1, samples).mean(1)
+        q = critic(obs, action).amin(0)
+        weight = torch.exp(temperature * (q - v)).clamp_max(most)
     return -(weight * log_prob(*actor(obs), action)).mean()
 
 
-def move(target, net, rate):
-    """target <- target + rate (net - target), parameter by parameter."""
-    with torch.no_grad():
-        torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), rate)
+def adam(parameters, lr, **more):
+    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    parameters = list(parameters)
+    device = parameters[0].device
+    lr = torch.tensor(lr, device=device)
+    return torch.optim.Adam(parameters, lr, fused=True, capturable=device.type == "cuda", **more)
+
+
+def set_lr(opt, lr):
+    opt.param_groups[0]["lr"].copy_(lr)
 
 
 def cosine(step, steps):
-    """Factor of a learning rate after `step` (a tensor) of `steps` updates."""
+    """Factor of a learning rate after `step` (a tensor) of `steps` updates: 1 to 0."""
     return 0.5 * (1 + torch.cos(math.pi * step / steps))
 
 
@@ -442,8 +400,10 @@ def rectified(step):
     return torch.where(length > 5, ratio.sqrt(), 0.0)
 
 
-def set_lr(opt, lr):
-    opt.param_groups[0]["lr"].copy_(lr)
+@torch.no_grad()
+def update_target(target, net, tau):
+    """target <- (1 - tau) target + tau net"""
+    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), tau)
 
 
 class QDQ:
@@ -456,22 +416,19 @@ class QDQ:
         self.metrics = Metrics()
         torch.manual_seed(seed)
         obs_dim, action_dim = data.obs_dim, data.action_dim
+
         self.score = ScoreModel(obs_dim + action_dim, args.return_hidden).to(device)
         self.consistency = ConsistencyModel(obs_dim + action_dim, args.return_hidden).to(device)
         self.consistency_target = copy.deepcopy(self.consistency).requires_grad_(False)
         self.critic = Critic(obs_dim, action_dim, args.hidden, args.layers, args.layer_norm).to(device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.actor = Actor(obs_dim, action_dim, args.hidden, args.layers).to(device)
+        self.actor = Actor(obs_dim, action_dim, args.hidden, args.layers, data.max_action).to(device)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
-
-        def adam(params, lr):
-            lr = torch.tensor(lr, device=device)  # a tensor, so that a captured update sees it change
-            return torch.optim.Adam(params, lr, fused=True, capturable=device.type == "cuda")
 
         self.score_opt = adam(self.score.parameters(), args.score_lr)
         self.consistency_opt = adam(self.consistency.parameters(), args.consistency_lr)
-        self.critic_opt = adam(self.critic.parameters(), args.lr)
-        self.actor_opt = adam(self.actor.parameters(), args.lr)
+        self.critic_opt = adam(self.critic.parameters(), args.critic_lr)
+        self.actor_opt = adam(self.actor.parameters(), args.actor_lr)
         self.levels = noise_levels(args.levels).float().to(device)
         self.q_rows = None  # D_Q, set by `use_returns`
         self.q_range = torch.zeros(2, device=device)  # Qmin, Qmax
@@ -506,7 +463,7 @@ class QDQ:
         self.score_opt.zero_grad()
         loss.backward()
         self.score_opt.step()
-        self.score_count.add_(1)
+        self.score_count += 1
         self.metrics.add(score_loss=loss)
 
     def consistency_update(self):
@@ -515,36 +472,42 @@ class QDQ:
             factor = cosine(self.consistency_count, self.args.consistency_steps) * rectified(self.consistency_count)
             set_lr(self.consistency_opt, self.args.consistency_lr * factor)
             obs_action, x = self.sample_q_rows()
-            nets = self.consistency, self.consistency_target, self.score
-            loss = consistency_loss(*nets, x, obs_action, self.levels, self.generator)
+            loss = consistency_loss(
+                self.consistency, self.consistency_target, self.score, x, obs_action, self.levels, self.generator
+            )
             self.consistency_opt.zero_grad()
             loss.backward()
             self.consistency_opt.step()
-            self.consistency_count.add_(1)
+            self.consistency_count += 1
             self.metrics.add(consistency_loss=loss)
             if i == 0:
-                move(self.consistency_target, self.consistency, self.args.consistency_tau)
+                update_target(self.consistency_target, self.consistency, self.args.consistency_tau)
 
     def policy_update(self):
         """Two iterations of Algorithm 1; actor and targets move in the first."""
         batch = self.data.sample(self.args.batch_size, self.generator)
         self.critic_step(batch)
-        move(self.critic_target, self.critic, self.args.tau)
+        update_target(self.critic_target, self.critic, self.args.tau)
         self.actor_step(batch)
-        move(self.actor_target, self.actor, self.args.tau)
+        update_target(self.actor_target, self.actor, self.args.tau)
         self.critic_step(self.data.sample(self.args.batch_size, self.generator))
 
     def critic_step(self, batch):
+        # next action, its uncertainty, and both targets, Eq. 6 to 8
         with torch.no_grad():
             next_action = self.next_action(batch.next_obs)
             h = self.uncertainty(batch.next_obs, next_action, self.generator)
             weight = penalty_weight(h, self.args.beta, self.args.penalty)
-            next_q = self.critic_target(batch.next_obs, next_action)
+            next_q = self.critic_target(batch.next_obs, next_action).amin(0)
             discount = self.args.gamma * (1 - batch.terminal)
-            high, low = critic_targets(batch.reward, discount, next_q, weight)
+            target, low_target = critic_targets(batch.reward, discount, next_q, weight)
+
+        # critics, Eq. 7
         q = self.critic(batch.obs, batch.action)
-        high_loss, low_loss = (((q - target) ** 2).mean(1).sum() for target in (high, low))
-        critic_loss = self.args.alpha * high_loss + (1 - self.args.alpha) * low_loss  # Eq. 7
+        high_loss = ((q - target) ** 2).mean(1).sum()
+        low_loss = ((q - low_target) ** 2).mean(1).sum()
+        critic_loss = self.args.alpha * high_loss + (1 - self.args.alpha) * low_loss
+
         self.critic_opt.zero_grad()
         critic_loss.backward()
         nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.clip_grad)
@@ -553,30 +516,31 @@ class QDQ:
                          uncertainty=h.mean(), least_uncertainty=h.amin())  # fmt: skip
 
     def actor_step(self, batch):
-        set_lr(self.actor_opt, self.args.lr * cosine(self.actor_count, self.args.steps))  # ends at half (difference 8)
+        obs, action = batch.obs, batch.action
         if self.args.actor_loss == "pg":
-            actor_loss = pg_loss(self.actor, self.critic, batch.obs, batch.action, self.args.bc_coef)
+            actor_loss = pg_loss(self.actor, self.critic, obs, action, self.args.bc_coef)  # Eq. 9
         else:
-            nets = self.actor, self.actor_target, self.critic
-            actor_loss = awr_loss(*nets, batch.obs, batch.action, self.generator)
+            actor_loss = awr_loss(self.actor, self.actor_target, self.critic, obs, action, self.generator)
+        set_lr(self.actor_opt, self.args.actor_lr * cosine(self.actor_count, self.args.steps))  # half of it in the end
         self.actor_opt.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # the critic stays as it is
         self.actor_opt.step()
-        self.actor_count.add_(1)
+        self.actor_count += 1
         self.metrics.add(actor_loss=actor_loss, log_std=self.actor.log_std.mean())
 
     def next_action(self, next_obs):
         """a' of the target policy with the smoothing noise of TD3: [B, S] -> [B, A]."""
+        most = self.data.max_action
         action, log_std = self.actor_target(next_obs)
         if self.args.target_sample:
             action = action + log_std.exp() * torch.randn(action.shape, device=action.device, generator=self.generator)
         noise = 0.2 * torch.randn(action.shape, device=action.device, generator=self.generator)
-        return (action + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
+        return (action + most * noise.clamp(-0.5, 0.5)).clamp(-most, most)
 
     def to_return(self, x):
         """Scaled returns in [-1, 1] back to their own units."""
-        low, high = self.q_range
-        return low + (x + 1) / 2 * (high - low)
+        q_min, q_max = self.q_range
+        return q_min + (x + 1) / 2 * (q_max - q_min)
 
     def uncertainty(self, obs, action, generator):
         """H of Eq. 6, in units of the return: [B, S], [B, A] -> [B]."""
@@ -594,20 +558,38 @@ class QDQ:
         self.consistency_target.load_state_dict(self.score.state_dict())
 
 
-def reuse_models(learner, folder):
-    """Take score and consistency model, Qmin and Qmax from the run in `folder`, of whatever seed."""
-    checkpoint = load_checkpoint(folder, learner.args.device)
-    if "consistency" not in checkpoint["done"]:
-        raise UserError(f"--reuse: {folder} is no run of this script with a finished consistency model")
-    theirs, ours = checkpoint["learner"]["q_range"], learner.q_range
-    if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
-        theirs, ours = ("{:.2f} to {:.2f}".format(*values.tolist()) for values in (theirs, ours))
-        raise UserError(f"--reuse: {folder} learned truncated returns from {theirs}, those of this run are from {ours}")
-    parts = ("score", "consistency", "consistency_target", "q_range")
-    try:
-        set_state({name: learner.state[name] for name in parts}, checkpoint["learner"])
-    except RuntimeError:
-        raise UserError(f"--reuse: {folder} has models of other observations, actions or --return-hidden") from None
+def truncated_returns(reward, end, gamma, window, stride, most=100):
+    """Discounted sums of at most `window` rewards, Eq. 5: their first rows [n] and their values [n] in float64.
+
+    reward [N], end [N] (true on the last row of each episode). Windows begin every `stride` steps of an episode, up to
+    the first that reaches its end, at most `most` of them.
+    """
+    last = end.nonzero().squeeze(1)
+    first = torch.cat([last.new_zeros(1), last[:-1] + 1])
+    length = last - first + 1
+    count = (1 + (length - window + stride - 1).clamp_min(0) // stride).clamp_max(most)
+    episode = torch.arange(len(count)).repeat_interleave(count)
+    number = torch.arange(len(episode)) - (count.cumsum(0) - count)[episode]
+    start = first[episode] + stride * number
+    total = torch.zeros(len(start), dtype=torch.float64)
+    for i in reversed(range(window)):
+        row = start + i
+        inside = row <= last[episode]
+        total = torch.where(inside, reward[row.clamp_max(len(reward) - 1)] + gamma * total, 0.0)
+    return start, total
+
+
+def return_dataset(data, gamma, window, stride):
+    """D_Q: rows (s, a, x) [n, S + A + 1], x the truncated return scaled to [-1, 1], and (Qmin, Qmax) [2]."""
+    jump = (data.obs[1:] - data.next_obs[:-1]).norm(dim=1) > 1e-6  # a time limit or a reset
+    end = torch.cat([jump | (data.terminal[:-1] > 0), torch.tensor([True])])
+    start, value = truncated_returns(data.reward.double(), end, gamma, window, stride)
+    q_min, q_max = value.min(), value.max()
+    if q_min == q_max:
+        raise UserError(f"all truncated returns in {data.name} are {q_min:g}: there is no distribution to learn")
+    x = 2 * (value - q_min) / (q_max - q_min) - 1
+    q_rows = torch.cat([data.obs[start], data.action[start], x.float()[:, None]], dim=1)
+    return q_rows, torch.stack([q_min, q_max]).float()
 
 
 def draw_returns(learner, path):
@@ -644,7 +626,7 @@ def draw_uncertainty(learner, data, path):
     """H for the data's actions and for actions drawn at random in the same states."""
     generator = torch.Generator(learner.generator.device).manual_seed(0)
     obs, action, *_ = data.sample(1000, generator)
-    anywhere = 2 * torch.rand(action.shape, device=action.device, generator=generator) - 1
+    anywhere = data.max_action * (2 * torch.rand(action.shape, device=action.device, generator=generator) - 1)
     with torch.no_grad():
         known, unknown = (learner.uncertainty(obs, a, generator).cpu() for a in (action, anywhere))
 
@@ -658,37 +640,53 @@ def draw_uncertainty(learner, data, path):
     save_figure(path, draw)
 
 
-def check(args):
-    rules = dict(
-        beta=(0 <= args.beta <= 1, "between 0 and 1"),
-        window=(args.window >= 1, "at least 1"),
-        window_stride=(args.window_stride >= 1, "at least 1"),
-        levels=(args.levels >= 3, "at least 3"),
-        q_samples=(args.q_samples >= 2, "at least 2"),
-        return_hidden=(args.return_hidden % 8 == 0 < args.return_hidden, "a multiple of 8"),
-    )
-    for name, (kept, rule) in rules.items():
-        if not kept:
-            raise UserError(f"--{name.replace('_', '-')} must be {rule}, found {getattr(args, name)}")
+UNUSED = "score_steps consistency_steps score_lr consistency_lr levels consistency_tau init_from_teacher".split()
+
+
+def load_models(learner, folder, seed):
+    """Take score and consistency model, Qmin and Qmax from another run on the same data, of this seed if it has it."""
+    args, data = learner.args, learner.data
+    theirs, checkpoint = load_run(__file__, folder, Args, seed, args.device)
+    if "consistency" not in checkpoint["done"]:
+        raise UserError(f"--reuse {folder}: its consistency model is not finished")
+    shared = ["fingerprint", "reward_offset", "gamma", "window", "window_stride", "return_hidden"]
+    same_settings(folder, vars(theirs) | checkpoint["dims"], vars(args) | vars(data), shared)
+    parts = ("score", "consistency", "consistency_target", "q_range")
+    set_state({name: learner.state[name] for name in parts}, checkpoint["learner"])
+    for name in UNUSED:
+        setattr(args, name, getattr(theirs, name))
+    print(f"note: score model after {args.score_steps:,} and consistency model after {args.consistency_steps:,} "
+          f"updates from {folder}")  # fmt: skip
+
+
+def check(args, given):
+    at_least(args, 0, "score_steps", "consistency_steps", "gamma", "tau", "consistency_tau", "alpha", "beta")
+    at_least(args, 0, "score_lr", "consistency_lr", "critic_lr", "actor_lr", "bc_coef", "clip_grad")
+    at_least(args, 1, "window", "window_stride", "hidden", "layers")
+    at_least(args, 2, "q_samples")
+    at_least(args, 3, "levels")
+    at_most(args, 1, "gamma", "tau", "consistency_tau", "alpha", "beta")
+    if args.return_hidden < 8 or args.return_hidden % 8:
+        raise UserError(f"--return-hidden must be a multiple of 8, the size of a group, found {args.return_hidden}")
+    if args.actor_loss == "awr":
+        useless(given, ["bc_coef"], "with --actor-loss awr")
+    if args.reuse:
+        useless(given, UNUSED, "with --reuse")
 
 
 def main():
-    args = parse_args(Args, PAPER | OURS, proportional=("score_steps", "consistency_steps"), doc=__doc__)
+    args = parse_args(Args, PAPER | OURS, check, proportional=("score_steps", "consistency_steps"), doc=__doc__)
     if args.evaluate:
         return evaluate_run(args, QDQ)
-    check(args)
-    if args.reuse:
-        args.score_steps = args.consistency_steps = 0
     data = load_dataset(args.env, args.data_path)
     data.reward.add_(args.reward_offset)
     q_rows, q_range = return_dataset(data, args.gamma, args.window, args.window_stride)
     data, q_rows = data.to(args.device), q_rows.to(args.device)
     learners = [QDQ(args, data, seed) for seed in args.seed]
-    for learner in learners:
+    for learner, seed in zip(learners, args.seed):
         learner.use_returns(q_rows, q_range)
-        if args.reuse:
-            reuse_models(learner, args.reuse)
-    args.paper_score = PUBLISHED.get(args.env)
+        if args.reuse and not args.resume:
+            load_models(learner, args.reuse, seed)
     run = Run(args, learners, data, __file__, PROTOCOL)
 
     def at_end():
@@ -697,10 +695,10 @@ def main():
                 learner.start_from_teacher()
 
     update = capture(learners, "score_update")
-    for _ in run.updates("score", args.score_steps, at_end=at_end):
+    for _ in run.updates("score", 0 if args.reuse else args.score_steps, at_end=at_end):
         update()
     update = capture(learners, "consistency_update")
-    for _ in run.updates("consistency", args.consistency_steps, stride=5):
+    for _ in run.updates("consistency", 0 if args.reuse else args.consistency_steps, stride=5):
         update()
     for learner, folder in zip(learners, run.folders):
         draw_returns(learner, folder / "returns.png")
