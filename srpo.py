@@ -136,9 +136,9 @@ PAPER = {  # Table 2: beta; Table 1: score; App. C: the rest
 DEMO = dict(hidden=64, behavior_hidden=64, behavior_batch_size=256, critic_lr=1e-3, behavior_lr=1e-3, actor_lr=1e-3,
             expectile=0.9, beta=0.03, q_grad_norm="rms", scale_rewards=True, eval_every=1_000,
             log_every=500)  # fmt: skip
-BANDIT = dict(steps=1_000, critic_steps=2_000, behavior_steps=5_000, behavior_batch_size=512, critic_lr=1e-3,
-              behavior_lr=1e-3, actor_lr=3e-3, beta=1.0, q_grad_norm="rms", weighting="alpha/sigma", fixed_t=0.02,
-              subtract_baseline=False, behavior_hidden=64, dropout=0.0, eval_every=100, log_every=100)  # fmt: skip
+BANDIT = dict(steps=500, critic_steps=1_000, behavior_steps=3_000, behavior_batch_size=512, critic_lr=1e-3,
+              behavior_lr=1e-3, actor_lr=3e-3, beta=0.3, q_grad_norm="rms", weighting="alpha/sigma", fixed_t=0.02,
+              subtract_baseline=False, behavior_hidden=64, dropout=0.0, eval_every=50, log_every=50)  # fmt: skip
 OURS = {  # settings of this project: built-in data on two CPU cores, and 2-D bandits
     "halfcheetah-demo": DEMO | dict(steps=8_000, critic_steps=10_000, behavior_steps=12_000),
     "pendulum-demo": DEMO | dict(steps=2_000, critic_steps=3_000, behavior_steps=4_000, eval_every=250),
