@@ -643,20 +643,19 @@ def draw_uncertainty(learner, data, path):
 UNUSED = "score_steps consistency_steps score_lr consistency_lr levels consistency_tau init_from_teacher".split()
 
 
-def load_models(learner, folder, seed):
-    """Take score and consistency model, Qmin and Qmax from another run on the same data, of this seed if it has it."""
-    args, data = learner.args, learner.data
-    theirs, checkpoint = load_run(__file__, folder, Args, seed, args.device)
-    if "consistency" not in checkpoint["done"]:
-        raise UserError(f"--reuse {folder}: its consistency model is not finished")
-    shared = ["fingerprint", "reward_offset", "gamma", "window", "window_stride", "return_hidden"]
-    same_settings(folder, vars(theirs) | checkpoint["dims"], vars(args) | vars(data), shared)
-    parts = ("score", "consistency", "consistency_target", "q_range")
-    set_state({name: learner.state[name] for name in parts}, checkpoint["learner"])
-    for name in UNUSED:
-        setattr(args, name, getattr(theirs, name))
-    print(f"note: score model after {args.score_steps:,} and consistency model after {args.consistency_steps:,} "
-          f"updates from {folder}")  # fmt: skip
+def load_models(learners):
+    """--reuse: score and consistency model, Qmin and Qmax of another run on the same data, of whatever seed."""
+    for learner, seed in zip(learners, learners[0].args.seed):
+        args, data = learner.args, learner.data
+        theirs, checkpoint = load_run(__file__, args.reuse, Args, seed, args.device)
+        if "consistency" not in checkpoint["done"]:
+            raise UserError(f"--reuse {args.reuse}: its consistency model is not finished")
+        shared = ["fingerprint", "reward_offset", "gamma", "window", "window_stride", "return_hidden"]
+        same_settings(args.reuse, vars(theirs) | checkpoint["dims"], vars(args) | vars(data), shared)
+        parts = ("score", "consistency", "consistency_target", "q_range")
+        set_state({name: learner.state[name] for name in parts}, checkpoint["learner"])
+        for name in UNUSED:
+            setattr(args, name, getattr(theirs, name))
 
 
 def check(args, given):
@@ -683,14 +682,18 @@ def main():
     q_rows, q_range = return_dataset(data, args.gamma, args.window, args.window_stride)
     data, q_rows = data.to(args.device), q_rows.to(args.device)
     learners = [QDQ(args, data, seed) for seed in args.seed]
-    for learner, seed in zip(learners, args.seed):
+    for learner in learners:
         learner.use_returns(q_rows, q_range)
-        if args.reuse and not args.resume:
-            load_models(learner, args.reuse, seed)
+    if args.reuse and not args.resume:
+        load_models(learners)  # before the run begins: what does not fit is refused
+        print(f"note: score model after {args.score_steps:,}, consistency model after {args.consistency_steps:,} "
+              f"updates: {args.reuse}")  # fmt: skip
     run = Run(args, learners, data, __file__, PROTOCOL)
 
     def at_end():
-        if args.init_from_teacher and not args.reuse:
+        if args.reuse:
+            load_models(learners)
+        elif args.init_from_teacher:
             for learner in learners:
                 learner.start_from_teacher()
 

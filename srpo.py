@@ -434,18 +434,18 @@ SHARED = """seed fingerprint scale_rewards reward_offset batch_size behavior_bat
 expectile hidden behavior_hidden dropout weight_decay""".split()  # what critic and behaviour model were made with
 
 
-def load_models(learner, folder, seed):
-    """Take critic and behaviour model of this seed from another run on the same data."""
-    args, data = learner.args, learner.data
-    theirs, checkpoint = load_run(__file__, folder, Args, seed, args.device)
-    if not {"critic", "behavior"} <= set(checkpoint["done"]):
-        raise UserError(f"--reuse {folder}: its critic and behaviour model are not finished")
-    same_settings(folder, vars(theirs) | checkpoint["dims"], vars(args) | vars(data) | dict(seed=(seed,)), SHARED)
-    parts = ("critic", "value", "critic_target", "behavior")
-    set_state({name: learner.state[name] for name in parts}, checkpoint["learner"])
-    args.critic_steps, args.behavior_steps = theirs.critic_steps, theirs.behavior_steps
-    print(f"note: critic after {args.critic_steps:,} and behaviour model after {args.behavior_steps:,} updates from "
-          f"{folder}")  # fmt: skip
+def load_models(learners):
+    """--reuse: critic and behaviour model of the same seeds from another run on the same data."""
+    for learner, seed in zip(learners, learners[0].args.seed):
+        args, data = learner.args, learner.data
+        theirs, checkpoint = load_run(__file__, args.reuse, Args, seed, args.device)
+        if not {"critic", "behavior"} <= set(checkpoint["done"]):
+            raise UserError(f"--reuse {args.reuse}: its critic and behaviour model are not finished")
+        ours = vars(args) | vars(data) | dict(seed=(seed,))
+        same_settings(args.reuse, vars(theirs) | checkpoint["dims"], ours, SHARED)
+        parts = ("critic", "value", "critic_target", "behavior")
+        set_state({name: learner.state[name] for name in parts}, checkpoint["learner"])
+        args.critic_steps, args.behavior_steps = theirs.critic_steps, theirs.behavior_steps
 
 
 def check(args, given):
@@ -472,15 +472,20 @@ def main():
     data = data.to(args.device)
     learners = [SRPO(args, data, seed) for seed in args.seed]
     if args.reuse and not args.resume:
-        for learner, seed in zip(learners, args.seed):
-            load_models(learner, args.reuse, seed)
+        load_models(learners)  # before the run begins: what does not fit is refused
+        print(f"note: critic after {args.critic_steps:,}, behaviour model after {args.behavior_steps:,} updates: "
+              f"{args.reuse}")  # fmt: skip
     run = Run(args, learners, data, __file__, PROTOCOL)
+
+    def at_end():
+        if args.reuse:
+            load_models(learners)
 
     update = capture(learners, "critic_update")
     for _ in run.updates("critic", 0 if args.reuse else args.critic_steps):
         update()
     update = capture(learners, "behavior_update")
-    for _ in run.updates("behavior", 0 if args.reuse else args.behavior_steps):
+    for _ in run.updates("behavior", 0 if args.reuse else args.behavior_steps, at_end=at_end):
         update()
     update = capture(learners, "policy_update")
     for _ in run.updates("policy", args.steps, evaluate=True):

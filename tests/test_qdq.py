@@ -1,5 +1,6 @@
 """QDQ against numbers with known answers: closed forms, worked examples, and hand-made exact networks."""
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -598,7 +599,7 @@ def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path, capsys):
     assert {row["phase"] for row in rows} == {"policy"}
     capsys.readouterr()
     start("--reuse", run_folder(tmp_path, "b"), out="c")  # a run that reused can be reused
-    assert "score model after 3 and consistency model after 10 updates" in capsys.readouterr().out
+    assert "score model after 3, consistency model after 10 updates" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -610,7 +611,8 @@ def test_reuse_compares(name, value, monkeypatch):
     monkeypatch.setattr(qdq, "load_run", lambda *args: (theirs.args, checkpoint))
     flag = name.replace("_", "-")
     with pytest.raises(common.UserError, match=f"there was made with --{flag} {getattr(theirs.args, name)}, "):
-        qdq.load_models(learner, "there", 0)
+        learner.args.reuse = "there"
+        qdq.load_models([learner])
 
 
 def test_reuse_refuses_what_does_not_fit(start, tmp_path):
@@ -666,6 +668,7 @@ MOVED = dict.fromkeys(RETURNS, "score") | dict.fromkeys(DISTILLED, "consistency"
 MOVED |= dict.fromkeys(ACTOR, "actor")
 
 
+@functools.cache
 def trained(**settings):
     """The networks as bytes."""
     learner = make_learner(**dict(steps=100, score_steps=100, consistency_steps=100, alpha=0.5) | settings)

@@ -1,5 +1,6 @@
 """SRPO against numbers with known answers: closed forms, quadrature, and exact models of simple behaviour policies."""
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -288,6 +289,7 @@ OTHER = dict(gamma=0.5, critic_lr=0.1, behavior_lr=1e-2, actor_lr=1e-2, lr_decay
              actor_layers=3, behavior_hidden=16, dropout=0.5, weight_decay=1.0)  # fmt: skip
 
 
+@functools.cache
 def trained(**settings):
     """The networks as bytes, after four updates of each phase."""
     learner = with_batch(make_learner(**dict(tau=0.1, critic_lr=0.01) | settings), random_batch())
@@ -360,7 +362,7 @@ def test_reuse(start, refusal, tmp_path, capsys):
     start("--out", tmp_path / "second", "--beta", 0.5, "--reuse", source, "--seed", 1)
     start("--out", tmp_path / "third", "--beta", 0.7, "--reuse", tmp_path / "second/srpo/pendulum-demo-medium/seed1",
           "--seed", 1)  # fmt: skip
-    assert "critic after 6 and behaviour model after 8 updates" in capsys.readouterr().out  # of the first run
+    assert "critic after 6, behaviour model after 8 updates" in capsys.readouterr().out  # of the first run
     runs = [source / "seed1", *(tmp_path / name / "srpo/pendulum-demo-medium/seed1" for name in ("second", "third"))]
     first, second, third = (common.load_checkpoint(run)["learner"] for run in runs)
     for part in ("critic", "value", "critic_target", "behavior"):
@@ -391,7 +393,8 @@ def test_reuse_compares(name, monkeypatch):
     checkpoint = dict(done=["critic", "behavior"], dims=dict(fingerprint="0"))
     monkeypatch.setattr(srpo, "load_run", lambda *args: (theirs.args, checkpoint))
     with pytest.raises(common.UserError, match=f"made with --{name.replace('_', '-')} {getattr(theirs.args, name)}, "):
-        srpo.load_models(learner, "there", 0)
+        learner.args.reuse = "there"
+        srpo.load_models([learner])
 
 
 @pytest.mark.parametrize(
