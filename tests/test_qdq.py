@@ -589,7 +589,7 @@ def run_folder(tmp_path, out="a"):
 
 
 def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path, capsys):
-    first = start("--score-steps", 3, "--consistency-steps", 10)["learner"]
+    first = start()["learner"]
     second = start("--reuse", run_folder(tmp_path), out="b")["learner"]
     for name in ("score", "consistency", "consistency_target"):
         assert all(torch.equal(first[name][key], second[name][key]) for key in first[name])
@@ -597,9 +597,17 @@ def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path, capsys):
     assert second["consistency_count"] == 0 and second["actor_count"] == 2
     rows = common.read_csv(run_folder(tmp_path, "b") / "metrics.csv")
     assert {row["phase"] for row in rows} == {"policy"}
+    moved = run_folder(tmp_path).rename(tmp_path / "moved")  # a run that reused resumes without its source
+    again = ("--reuse", run_folder(tmp_path), "--resume")
+    start(*again, out="b")
+    (run_folder(tmp_path, "b") / "checkpoint.pt").unlink()  # but not before its first checkpoint
+    with pytest.raises(common.UserError, match="no checkpoint"):
+        start(*again, out="b")
+    moved.rename(run_folder(tmp_path))
+    assert torch.equal(start(*again, out="b")["learner"]["score"]["freqs"], first["score"]["freqs"])
     capsys.readouterr()
     start("--reuse", run_folder(tmp_path, "b"), out="c")  # a run that reused can be reused
-    assert "score model after 3, consistency model after 10 updates" in capsys.readouterr().out
+    assert "score model after 2, consistency model after 2 updates" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
