@@ -636,6 +636,36 @@ def test_reuse_refuses_what_does_not_fit(start, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_phases_of_a_run(monkeypatch):
+    """Their lengths and strides, of the paper's table and with --reuse; seeds differ."""
+    asked = []
+
+    class Run:
+        folders = ()
+
+        def __init__(self, args, learners, data, script, protocol):
+            first, second = (snapshot(learner.critic) for learner in learners)
+            assert not torch.equal(first[0], second[0]) and args.paper_score == 93.2
+
+        def updates(self, phase, steps, stride=1, evaluate=False, at_end=None):
+            asked.append((phase, steps, stride, evaluate))
+            return ()
+
+        def finish(self):
+            asked.append("finished")
+
+    monkeypatch.setattr(qdq, "Run", Run)
+    monkeypatch.setattr(qdq, "load_dataset", lambda *args: make_data())
+    monkeypatch.setattr(qdq, "load_models", lambda learners: None)
+    flags = "--env walker2d-medium-replay-v2 --device cpu --seed 0 1 --hidden 8 --return-hidden 8".split()
+    for more in ([], ["--reuse", "there"]):
+        monkeypatch.setattr(sys, "argv", ["qdq.py", *flags, *more])
+        qdq.main()
+    last = [("policy", 1_000_000, 2, True), "finished"]
+    assert asked[:4] == [("score", 800_000, 1, False), ("consistency", 1_600_000, 5, False), *last]
+    assert asked[4:] == [("score", 0, 1, False), ("consistency", 0, 5, False), *last]
+
+
 def test_init_from_teacher_by_its_flag(start, monkeypatch):
     monkeypatch.setattr(QDQ, "consistency_update", lambda learner: None)
     learned = start("--score-steps", 3, "--consistency-steps", 5, "--init-from-teacher")["learner"]
