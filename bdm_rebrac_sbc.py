@@ -1,70 +1,82 @@
-"""Bellman Diffusion Models (BDM): ReBRAC with State Behaviour Cloning (ReBRAC-SBC), and SBC alone
+"""Bellman Diffusion Models (BDM): ReBRAC with State Behaviour Cloning (ReBRAC-SBC), SBC alone, and ReBRAC
 
 Liam Schramm, Abdeslam Boularias: "Bellman Diffusion Models for Offline Reinforcement Learning", arXiv:2407.12163.
 Author's code, to which the paper does not link: github.com/schrammlb2/Bellman-Diffusion-Offline-RL, commit 384666e.
 
-    python bdm_rebrac_sbc.py                          # built-in HalfCheetah data, minutes on a CPU core
-    python bdm_rebrac_sbc.py --env hopper-medium-v2   # the paper's run
-    python bdm_rebrac_sbc.py --env hopper-medium-v2 --sbc-only         # imitation: no critics, no rewards (App. C)
-    python bdm_rebrac_sbc.py --env hopper-medium-v2 --w-s 0            # without the state term: ReBRAC
-    python bdm_rebrac_sbc.py --env hopper-medium-v2 --bdm-only data    # only the model of the data's future states
+    python bdm_rebrac_sbc.py                                         # built-in HalfCheetah data, minutes on a CPU core
+    python bdm_rebrac_sbc.py --env hopper-medium-v2                  # the paper's run: the author's algorithm, whole
+    python bdm_rebrac_sbc.py --env hopper-medium-v2 --corrected      # the same without the slips of his code (below)
+    python bdm_rebrac_sbc.py --env hopper-medium-v2 --sbc-only       # imitation: no critics, no rewards (App. C)
+    python bdm_rebrac_sbc.py --env hopper-medium-v2 --w-s 0          # without the state term: what BDM adds
+    python bdm_rebrac_sbc.py --env hopper-medium-v2 --rebrac         # ReBRAC as its own authors run it
+    python bdm_rebrac_sbc.py --env hopper-medium-v2 --bdm-only data  # only the model of the data's future states
 
 A diffusion model eps of the successor state measure d(s_f | s, a), the law of the state at which a policy stops that
 stops after each step with probability 1 - gamma, is learnt by temporal differences. The actor then clones not only the
 data's actions but, through the model, the states that followed in the data.
 
-    noised      x_i(s) = sqrt(abar_i) s + sqrt(1 - abar_i) n,  n ~ N(0, I),  i uniform over K = 10 levels
-    BDM         L_BDM = E (1 - gamma) |eps(x_i(s'), s, a, i) - n|^2
-                        + gamma |eps(x_i(s_f), s, a, i) - eps'(x_i(s_f), s', a', i)|^2                 Alg. 1
-                a' = pi'(s') + clipped noise;  s_f ~ d'(. | s', a') by the reverse chain of eps'
-    critic      L_Q = E (r + gamma (min(Q1', Q2')(s', a') - beta_c |a' - a'_data|^2) - Q_j(s, a))^2    ReBRAC
-    action      L_a = E |pi(s) - a|^2                                                                  Alg. 2
-    state       L_s = E eta_i |eps'(x_i(s_f), s, pi(s), i) - n|^2,  s_f from the data's future of s    Alg. 2
-    actor       L = -E Q1(s, pi(s)) / mean |Q1| + w_a L_a + c_s L_s                                    Alg. 2
+    noised  x_i(s) = sqrt(abar_i) s + sqrt(1 - abar_i) n,  n ~ N(0, I),  i uniform over 10     Sec. 4.2  noised
+    BDM     L_BDM = E (1 - gamma) |eps(x_i(s'), s, a, i) - n|^2
+                    + gamma |eps(x_i(s_f), s, a, i) - eps'(x_i(s_f), s', a', i)|^2             Alg. 1    bdm_loss
+            a' = pi'(s') + clipped noise;  s_f ~ d'(. | s', a') by the reverse chain of eps'             reverse_chain
+    critic  L_Q = E (r + gamma (1 - terminal) (min(Q1', Q2')(s', a') - beta_c |a' - a'_data|^2)
+                    - Q_j(s, a))^2                                                             ReBRAC    critic_step
+    action  L_a = E |pi(s) - a|^2                                                              Alg. 2    actor_step
+    state   L_s = E eta_i |eps'(x_i(s_f), s, pi(s), i) - n|^2,  s_f from the future of s       Alg. 2    state_loss
+    actor   L = -E Q1(s, pi(s)) / mean |Q1| + w_a L_a + w_s^2 L_s                              Alg. 2    actor_step
 
-Where: Sec. 4.2's x_i in `noised`; Alg. 1 in `bdm_step`: a' `next_action`, s_f `reverse_chain`, L_1, L_2 and L
-`bdm_loss`; Alg. 2 (App. A, eq. 1) in `actor_step`: L_a, L_Q and L there, s_f `Futures.draw`, L_s `state_loss`, eta_i
-(Lemma) `level_weights`; ReBRAC's target `critic_targets`; draws from d (Sec. 4.2) `sample_futures`; App. B `table3`.
+Everything trains together (`update`): critics and BDM in every update, the actor and all targets (', rate tau) in every
+second. To act: pi(s). States are z-scored, since the chain starts from N(0, I). eta_i (Lemma): `level_weights`; the
+data's futures: `Futures`; draws from d (Sec. 4.2): `sample_futures`; Table 4 from Table 3 (App. B): `table4`.
 
-Everything trains together. Critics and BDM learn in every update; the actor and all targets (', rate tau) in every
-second. To act: pi(s). States are z-scored, since the chain starts from N(0, I).
+The paper, where this file does what the author's code does instead:
 
-What w_s means: --w-s is the number of the paper's Table 4. The author's code multiplies by it twice, so what acts is
-c_s = w_s^2 (--state-weight linear: w_s). The code also scales eta to mean 1, which puts 99 % of the weight on the
-noisiest level, where nothing is to be learnt; only 0.8 % of the pull of equal weights is left, so --eta uniform with
---c-s 0.0079 c_s pulls as hard on average. A run prints its c_s, and args.json holds it.
+    paper                                         author's code
+    L_s has weight w_s                            w_s^2, multiplied twice: for the paper give --w-s its root
+    eta = beta^2 alpha (1 - alpha)                beta / (alpha (1 - abar)), the Lemma's for variance beta, over its
+                                                  mean: 99 % of the weight is on the noisiest level, where nothing is
+                                                  to be learnt, and 0.8 % of the pull of equal weights is left.
+                                                  --eta paper; --eta uniform, with 0.089 w_s for an equal pull
+    L_s reads eps                                 the target eps': --actor-bdm online
+    adds min Q to the loss (a slip of sign)       climbs Q1, scaled as in TD3+BC
+    a_pi with noise, L_a over 2 sigma^2           neither, so that w_a has ReBRAC's scale
+    one s_f per row in L_s                        16: --num-futures 1
+    "hyperparameters from ReBRAC"                 z-scored states, L2 decay of the critics, beta_c 0 (ReBRAC 0.5) on
+                                                  hopper-medium-replay
+    SBC: "the same hyperparameters"               w_a and w_s without w_Q of Table 3
+    alpha_i; s_f ~ d(. | s, a), eps(s'_i, i)      abar_i; s_f ~ d(. | s', a') as in Alg. 1, eps(s'_i, s, a, i)
+    no sampler, no K                              DDPM, K = 10
 
-What BDM adds: compare with --w-s 0, the author's ReBRAC, for which no BDM is computed. ReBRAC as its own authors run it
-(but for initial weights) takes w_a and beta_c from their table, for example for hopper-medium: --w-s 0 --w-a 0.01
---critic-bc 0.01 --actor-lr 1e-3 --critic-bc-reduce none --actor-q min --critic-wd 0 --no-normalize-states. Datasets
-that the paper did not run have these settings by default.
+Slips of the author's code, which this file repeats, unless --corrected is given:
 
-Differences between paper, author's code and this file (which follows the code, except where it says "here"):
- 1. L_s has weight w_s in the paper, w_s^2 in the code: --state-weight linear, or --c-s.
- 2. eta is beta^2 alpha (1 - alpha) in Alg. 2. In the code it is beta / (alpha (1 - abar)), which the Lemma gives for
-    variance beta, divided by its mean over the batch; here by that over the levels, 100.854. --eta paper, uniform, or
-    drop-last: the code's weights without the noisiest level.
- 3. L_s reads eps in Alg. 2, the target eps' in the code: --actor-bdm online.
- 4. Alg. 2 adds min Q to the loss (a slip of sign); the code climbs Q1, scaled as in TD3+BC. ReBRAC: --actor-q min.
- 5. Alg. 2 draws a_pi with noise and divides L_a by 2 sigma^2; the code has neither, so that w_a has ReBRAC's scale.
- 6. The code subtracts the critics' penalty [B] from values [B, 1] and averages over [B, B]: each sample is given the
-    mean penalty, a constant. ReBRAC: --critic-bc-reduce none. hopper-medium-replay has beta_c 0 (ReBRAC 0.5).
- 7. "Hyperparameters from ReBRAC", but the code z-scores states and adds L2 decay 1e-3 to the critics' Adam.
- 8. One s_f per row in Alg. 2, 16 in the code: --num-futures 1.
- 9. Here s_f is G ~ Geometric(1 - gamma) steps on, in the row's own episode; an episode that terminates stays in its
-    last state, and what lies beyond a time limit is left out. The code takes G + 1 steps, across time limits too, and
-    leaves out what lies beyond a terminal: --futures official.
-10. Alg. 1 and 2 print alpha_i for abar_i; Sec. 4.2 draws s_f from d(. | s, a), but Alg. 1, right, from d(. | s', a');
-    the last formula of Sec. 4.2 leaves (s, a) out of the first eps, Alg. 1 does not.
-11. The paper has no sampler. The code's calls the network one level above the level it steps from, so that samples
-    shrink: N(1, 1) comes out with mean 0.76, here 0.98. --sampler official; ddim is new and needs 5 calls, not 9.
-12. The BDM ignores terminals in paper and code; here a terminal s' stays for ever: gamma (1 - terminal).
-13. The code starts the reverse chain at the very n that then noises s' and s_f; here at a draw of its own.
-14. SBC has "the same hyperparameters" in App. C, but the code's script leaves out w_Q of Table 3, by which w_a and w_s
-    are divided. Without Q only c_s / w_a matters, so --sbc-only multiplies c_s by w_Q here: --w-q 1 for the paper.
-15. Sec. 4.2 has 99 % less variance than a Monte Carlo target: of the target, that is exact only on average over a
-    stationary law of s; of the gradient, (1 - gamma)^2 is left where d does not depend on (s, a), and more with a
-    network, whose errors at (s, a) and (s', a') differ.
+    author's code                                 --corrected
+    s_f in L_s is G + 1 steps on, across time     G ~ Geometric(1 - gamma) steps on in its episode, for ever in
+    limits too, and none beyond a terminal        a terminal state, none beyond a time limit
+    the BDM ignores terminals                     a terminal s' is its own future: gamma (1 - terminal)
+    the reverse chain calls the network one       at that level: N(1, 1) comes out with mean 0.98, not 0.76
+    level above that from which it steps
+    the chain starts at the n that noises s_f     at a draw of its own
+    eta over its mean in the batch                over its mean, 100.854
+    critics' penalty [B] and values [B, 1] give   each sample's own penalty
+    [B, B]: every sample gets the mean penalty
+
+    L_s is 17 to 22 % larger with corrected futures, because masked ones count as zeros (valid: 0.842 in the code, 0.984
+    here on Hopper medium; 0.559, 0.999 on medium-replay). Terminals and start change L_BDM by 14 to 28 %.
+
+ReBRAC's authors (CORL, eeeeef2): --rebrac, and the default on datasets that the paper did not run:
+
+    author's code                                 --rebrac
+    initial weights of PyTorch                    hidden biases 0.1, last layers within 1e-3 (actor) and 3e-3 (critics);
+                                                  with PyTorch's Q is 20 to 33 % higher after 250 to 1,000 updates, 2 to
+                                                  5 % after 12,000
+    eps of LayerNorm 1e-5                         1e-6
+    target actor follows the actor after its      the actor before its step
+    step
+    z-scored states, decay, mean penalty, Q1      raw states, no decay, each sample's own penalty, min(Q1, Q2)
+
+The author's SBC also moves target critics that nothing reads: not here. "99 % less variance" (Sec. 4.2) than Monte
+Carlo is exact for the target, on average over a stationary law of s; of the gradient, (1 - gamma)^2 is left where d
+does not depend on (s, a), and more with a network, whose errors at (s, a) and (s', a') differ.
 
 To lift this file out: bring your own `load_dataset` (`rows` and `split`, which names their six columns as in `Batch`;
 `episode` [N], an index that changes where an episode ends; `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`,
@@ -74,7 +86,8 @@ To lift this file out: bring your own `load_dataset` (`rows` and `split`, which 
 import copy
 import functools
 import math
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
@@ -87,15 +100,16 @@ from common import (
     Run,
     RunArgs,
     UserError,
+    at_least,
     capture,
     cli,
     evaluate_run,
-    load_checkpoint,
     load_dataset,
+    load_run,
     parse_args,
     save_figure,
-    saved_args,
     set_state,
+    useless,
 )
 
 
@@ -104,8 +118,12 @@ class Args(RunArgs):
     batch_size: int = 1024
 
     # ReBRAC-SBC
+    corrected: bool = False
+    """Without the slips of the author's code (list above)."""
     sbc_only: bool = False
     """Imitation alone: no critics, no L_Q (App. C)."""
+    rebrac: bool = False
+    """ReBRAC as its own authors run it, without a BDM."""
     bdm_only: str | None = None
     """Train only the BDM: `data` for that of the data's policy, or the folder of a run for that of its policy."""
     gamma: float = 0.99
@@ -118,36 +136,18 @@ class Args(RunArgs):
     """lr_diffusion in Table 4."""
     critic_lr: float = 1e-3
     """Learning rate of the critics."""
-    critic_wd: float = 1e-3
-    """L2 weight decay of the critics (ReBRAC: 0)."""
     w_a: float = 0.01
     """Weight of cloning actions, Table 4."""
     w_s: float = 0.01
-    """Weight of cloning states as in Table 4; 0 for ReBRAC without a BDM."""
-    state_weight: Literal["square", "linear"] = "square"
-    """L_s enters with c_s = w_s^2 (author's code) or w_s (Alg. 2)."""
-    c_s: float | None = None
-    """What really multiplies L_s; follows from --w-s and --state-weight unless given."""
-    w_q: float = 1.0
-    """w_Q in Table 3, already in w_a and w_s; --sbc-only takes it out again: c_s = w_s^2 w_Q."""
-    eta: Literal["code", "uniform", "paper", "drop-last"] = "code"
+    """Weight of cloning states, Table 4; its square multiplies L_s, as in the author's code. 0: no BDM."""
+    eta: Literal["code", "uniform", "paper"] = "code"
     """eta_i, weight of noise level i in L_s."""
     actor_bdm: Literal["target", "online"] = "target"
     """The BDM that L_s reads."""
     num_futures: int = 16
     """Future states per row in L_s."""
-    futures: Literal["corrected", "official"] = "corrected"
-    """How they are drawn from the data (difference 9)."""
-    sampler: Literal["start8", "official", "ddim"] = "start8"
-    """Reverse chain that draws s_f in L_BDM (difference 11)."""
     critic_bc: float = 0.01
     """beta_c, weight of ReBRAC's penalty in the critics' target."""
-    critic_bc_reduce: Literal["mean", "none"] = "mean"
-    """That penalty: mean of the batch (author's code) or of each sample (ReBRAC)."""
-    actor_q: Literal["q1", "min"] = "q1"
-    """Q in the actor's loss: Q1 (author's code) or min(Q1, Q2) (ReBRAC)."""
-    normalize_states: bool = True
-    """z-score the states (ReBRAC does not; the BDM needs it)."""
     reward_scale: float = 1.0
     """Multiplies every reward (ReBRAC on AntMaze: 100)."""
     hidden: int = 256
@@ -156,37 +156,40 @@ class Args(RunArgs):
     """Width of the BDM."""
 
 
-def table3(w_a0, critic_bc, w_sa, omega, w_q):
-    """Table 4 from Table 3: w_a0 and critic_bc are ReBRAC's, w_sa the state weight relative to w_a, omega slows."""
+def table4(w_a0, critic_bc, w_sa, omega, w_q, paper_score):
+    """Table 4 from Table 3: w_a0 is ReBRAC's w_a, w_sa the state weight relative to w_a, omega slows."""
     w_a, lr = w_a0 / w_q, 1e-3 / omega
-    return dict(w_a=w_a, w_s=w_sa * w_a, w_q=w_q, critic_bc=critic_bc, actor_lr=lr, bdm_lr=lr)
+    return dict(w_a=w_a, w_s=w_sa * w_a, critic_bc=critic_bc, actor_lr=lr, bdm_lr=lr, paper_score=paper_score)
 
 
-PAPER = {  # Table 3; ReBRAC's two coefficients from its Table of best hyperparameters, as in the author's configs
-    "halfcheetah-medium-v2": table3(0.001, 0.01, 100, 10, 1),
-    "halfcheetah-expert-v2": table3(0.01, 0.01, 1, 1, 1),
-    "halfcheetah-medium-expert-v2": table3(0.01, 0.1, 1, 1, 1),
-    "halfcheetah-medium-replay-v2": table3(0.01, 0.001, 10, 10, 10),
-    "hopper-medium-v2": table3(0.01, 0.01, 100, 100, 2),
-    "hopper-expert-v2": table3(0.1, 0.1, 1, 10, 1),
-    "hopper-medium-expert-v2": table3(0.1, 0.01, 100, 100, 1),
-    "hopper-medium-replay-v2": table3(0.05, 0.0, 100, 100, 10),
-    "walker2d-medium-v2": table3(0.05, 0.1, 1, 100, 2),
-    "walker2d-expert-v2": table3(0.01, 0.5, 10, 100, 1),
-    "walker2d-medium-expert-v2": table3(0.01, 0.01, 1, 1, 1),
-    "walker2d-medium-replay-v2": table3(0.05, 0.01, 100, 100, 4),
+TABLE3 = {
+    # ReBRAC's w_a, beta_c (the author's configs) | w_s/a, omega, w_Q (Table 3) | score (Table 2), of SBC (Table 5)
+    "halfcheetah-medium-v2": (0.001, 0.01, 100, 10, 1, 65.0, 42.21),
+    "halfcheetah-expert-v2": (0.01, 0.01, 1, 1, 1, 105.9, 93.05),
+    "halfcheetah-medium-expert-v2": (0.01, 0.1, 1, 1, 1, 105.8, 69.07),
+    "halfcheetah-medium-replay-v2": (0.01, 0.001, 10, 10, 10, 54.7, 36.67),
+    "hopper-medium-v2": (0.01, 0.01, 100, 100, 2, 101.6, 65.40),
+    "hopper-expert-v2": (0.1, 0.1, 1, 10, 1, 111.5, 111.46),
+    "hopper-medium-expert-v2": (0.1, 0.01, 100, 100, 1, 107.3, 86.10),
+    "hopper-medium-replay-v2": (0.05, 0.0, 100, 100, 10, 101.1, 43.93),
+    "walker2d-medium-v2": (0.05, 0.1, 1, 100, 2, 88.7, 73.73),
+    "walker2d-expert-v2": (0.01, 0.5, 10, 100, 1, 111.8, 108.51),
+    "walker2d-medium-expert-v2": (0.01, 0.01, 1, 1, 1, 110.7, 95.55),
+    "walker2d-medium-replay-v2": (0.05, 0.01, 100, 100, 4, 87.9, 33.11),
 }
+PAPER = {env: table4(*row[:5], paper_score=row[5]) for env, row in TABLE3.items()}
+SBC = {env: table4(*row[:4], w_q=1, paper_score=row[6]) for env, row in TABLE3.items()}  # for --sbc-only
 
 
 def rebrac(w_a, critic_bc, **more):
-    """ReBRAC as its authors run it."""
-    return dict(w_s=0.0, w_a=w_a, critic_bc=critic_bc, critic_bc_reduce="none", actor_q="min", critic_wd=0.0,
-                normalize_states=False, **more)  # fmt: skip
+    return dict(rebrac=True, w_s=0.0, w_a=w_a, critic_bc=critic_bc, **more)
 
 
 MAZE = dict(batch_size=256, actor_lr=3e-4, critic_lr=5e-5, gamma=0.999, reward_scale=100.0, eval_episodes=100)
 PEN = dict(batch_size=256, actor_lr=3e-4, critic_lr=3e-4)
-REBRAC = {  # not in the paper: ReBRAC's own settings (CORL, eeeeef2, configs/offline/rebrac), no state term
+REBRAC = {env: rebrac(*row[:2]) for env, row in TABLE3.items()} | {
+    # w_a, beta_c: CORL, eeeeef2, configs/offline/rebrac; for --rebrac, and for datasets that the paper did not run
+    "hopper-medium-replay-v2": rebrac(0.05, 0.5),
     "halfcheetah-random-v2": rebrac(0.001, 0.1),
     "halfcheetah-full-replay-v2": rebrac(0.001, 0.1),
     "hopper-random-v2": rebrac(0.001, 0.01),
@@ -206,24 +209,23 @@ REBRAC = {  # not in the paper: ReBRAC's own settings (CORL, eeeeef2, configs/of
 DEMO = dict(hidden=64, bdm_hidden=64, batch_size=128, num_futures=4, gamma=0.95, tau=0.02, w_a=0.1, w_s=0.1,
             eval_every=2_000, log_every=500)  # fmt: skip
 OURS = {  # settings of this project: built-in data on two CPU cores
-    "halfcheetah-demo-medium-replay": DEMO | dict(steps=16_000),
-    "pendulum-demo-medium": DEMO | dict(steps=4_000, eval_every=1_000),
+    "halfcheetah-demo": DEMO | dict(steps=16_000),
+    "pendulum-demo": DEMO | dict(steps=4_000, eval_every=1_000),
+    "bandit": DEMO | dict(steps=4_000, eval_every=1_000),
 }
-PUBLISHED = {  # Table 2
-    "halfcheetah-medium-v2": 65.0, "halfcheetah-expert-v2": 105.9, "halfcheetah-medium-expert-v2": 105.8,
-    "halfcheetah-medium-replay-v2": 54.7, "hopper-medium-v2": 101.6, "hopper-expert-v2": 111.5,
-    "hopper-medium-expert-v2": 107.3, "hopper-medium-replay-v2": 101.1, "walker2d-medium-v2": 88.7,
-    "walker2d-expert-v2": 111.8, "walker2d-medium-expert-v2": 110.7, "walker2d-medium-replay-v2": 87.9,
-}  # fmt: skip
-PUBLISHED_SBC = {  # Table 5
-    "halfcheetah-medium-v2": 42.21, "halfcheetah-expert-v2": 93.05, "halfcheetah-medium-expert-v2": 69.07,
-    "halfcheetah-medium-replay-v2": 36.67, "hopper-medium-v2": 65.40, "hopper-expert-v2": 111.46,
-    "hopper-medium-expert-v2": 86.10, "hopper-medium-replay-v2": 43.93, "walker2d-medium-v2": 73.73,
-    "walker2d-expert-v2": 108.51, "walker2d-medium-expert-v2": 95.55, "walker2d-medium-replay-v2": 33.11,
-}  # fmt: skip
 PROTOCOL = "last evaluation, 10 episodes; number of seeds not stated, 4 in the author's job scripts"
 
 POLICY_NOISE, NOISE_CLIP = 0.2, 0.5  # of a' (TD3, ReBRAC)
+CRITIC_DECAY = 1e-3  # L2, in the critics' Adam (ReBRAC: 0)
+K = 10  # noise levels
+
+
+def mlp(sizes, activation, linear=nn.Linear, norm=None):
+    """Linear layers of these sizes, `activation` (and after it, `norm`) after all but the last."""
+    layers = []
+    for d_in, d_out in zip(sizes, sizes[1:]):
+        layers += [linear(d_in, d_out), activation(), *([norm(d_out)] if norm else [])]
+    return nn.Sequential(*layers[: -2 if norm else -1])
 
 
 class EnsembleLinear(nn.Module):
@@ -242,25 +244,23 @@ class EnsembleLinear(nn.Module):
 class EnsembleLayerNorm(nn.Module):
     """LayerNorm with a gain and an offset per member: [n, B, d] -> [n, B, d]."""
 
-    def __init__(self, n, d):
+    def __init__(self, n, d, eps=1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n, 1, d))
         self.bias = nn.Parameter(torch.zeros(n, 1, d))
+        self.eps = eps
 
     def forward(self, x):
-        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)
 
 
 class Critic(nn.Module):
     """Q1 and Q2: obs [B, S], action [B, A] -> [2, B]."""
 
-    def __init__(self, obs_dim, action_dim, hidden):
+    def __init__(self, obs_dim, action_dim, hidden, eps=1e-5):
         super().__init__()
-        layers, width = [], obs_dim + action_dim
-        for _ in range(3):
-            layers += [EnsembleLinear(2, width, hidden), nn.ReLU(), EnsembleLayerNorm(2, hidden)]
-            width = hidden
-        self.net = nn.Sequential(*layers, EnsembleLinear(2, hidden, 1))
+        linear, norm = functools.partial(EnsembleLinear, 2), functools.partial(EnsembleLayerNorm, 2, eps=eps)
+        self.net = mlp([obs_dim + action_dim, hidden, hidden, hidden, 1], nn.ReLU, linear, norm)
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], dim=-1)
@@ -272,11 +272,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim, action_dim, hidden, max_action):
         super().__init__()
-        layers, width = [], obs_dim
-        for _ in range(3):
-            layers += [nn.Linear(width, hidden), nn.ReLU()]
-            width = hidden
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, action_dim))
+        self.net = mlp([obs_dim, hidden, hidden, hidden, action_dim], nn.ReLU)
         self.max_action = max_action
 
     def forward(self, obs):
@@ -288,14 +284,20 @@ class NoiseModel(nn.Module):
 
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(2 * obs_dim + 1 + action_dim, hidden), nn.ReLU(), nn.LayerNorm(hidden),
-            nn.Linear(hidden, hidden), nn.ReLU(), nn.LayerNorm(hidden),
-            nn.Linear(hidden, obs_dim),
-        )  # fmt: skip
+        self.net = mlp([2 * obs_dim + 1 + action_dim, hidden, hidden, obs_dim], nn.ReLU, norm=nn.LayerNorm)
 
     def forward(self, x, obs, action, level):
         return self.net(torch.cat([x, obs, 2 * level / K - 1, action], dim=-1))
+
+
+@torch.no_grad()
+def rebrac_start(net, head):
+    """ReBRAC's initial weights: as PyTorch's, but hidden biases 0.1 and a last layer uniform in [-head, head]."""
+    *hidden, last = [layer for layer in net if isinstance(layer, (nn.Linear, EnsembleLinear))]
+    for layer in hidden:
+        layer.bias.fill_(0.1)
+    last.weight.uniform_(-head, head)
+    last.bias.uniform_(-head, head)
 
 
 def cosine_schedule(levels):
@@ -306,21 +308,17 @@ def cosine_schedule(levels):
     return beta, torch.cumprod(1 - beta, dim=0)
 
 
-K = 10  # noise levels (author's code; the paper does not say)
 BETA, ABAR = cosine_schedule(K)
 
 
 def level_weights(eta):
-    """eta_i for the squared error of the noise at each level, [K] (difference 2)."""
+    """eta_i for the squared error of the noise at each level, [K]."""
     if eta == "uniform":
         return torch.ones(K)
     if eta == "paper":
         return (BETA**2 * (1 - BETA) * BETA).float()  # alpha = 1 - beta
     weights = BETA / ((1 - BETA) * (1 - ABAR))
-    weights = weights / weights.mean()
-    if eta == "drop-last":
-        weights[-1] = 0
-    return weights.float()
+    return (weights / weights.mean()).float()
 
 
 @functools.cache
@@ -335,22 +333,17 @@ def noised(x, noise, level):
     return abar.sqrt() * x + (1 - abar).sqrt() * noise
 
 
-def reverse_chain(net, x, obs, action, generator, sampler="start8"):
+def reverse_chain(net, x, obs, action, generator, corrected):
     """A state from the model: x ~ N(0, I) [B, S] -> s_f [B, S], for the condition obs [B, S], action [B, A].
 
-    start8: DDPM's chain from level 8, 9 calls. At level 9, where beta was cut, the next x would hold 32 times the error
-    of the network. official: each call reads the network one level too high. ddim: levels 8, 6, 4, 2, 0, without noise.
+    DDPM's chain from level 8. At level 9, where beta was cut, the next x would hold 32 times the error of the network.
+    The author's code reads the network one level too high.
     """
     beta, abar = BETA.tolist(), ABAR.tolist()
-    stride = 2 if sampler == "ddim" else 1
-    for i in range(K - 2, -1, -stride):
-        level = torch.full((len(x), 1), i + (sampler == "official"), device=x.device)
-        noise = net(x, obs, action, level)
-        abar_next = abar[i - stride] if i else 1.0
-        clean = (x - (1 - abar[i]) ** 0.5 * noise) / abar[i] ** 0.5
-        if sampler == "ddim":
-            x = abar_next**0.5 * clean + (1 - abar_next) ** 0.5 * noise
-            continue
+    for i in range(K - 2, -1, -1):
+        level = torch.full((len(x), 1), i if corrected else i + 1, device=x.device)
+        abar_next = abar[i - 1] if i else 1.0
+        clean = (x - (1 - abar[i]) ** 0.5 * net(x, obs, action, level)) / abar[i] ** 0.5
         x = (abar_next**0.5 * beta[i] * clean + (1 - beta[i]) ** 0.5 * (1 - abar_next) * x) / (1 - abar[i])
         if i:
             variance = beta[i] * (1 - abar_next) / (1 - abar[i])
@@ -358,53 +351,39 @@ def reverse_chain(net, x, obs, action, generator, sampler="start8"):
     return x
 
 
-def bdm_loss(net, target_net, obs, action, next_obs, next_action, future, discount, generator):
-    """L_BDM, Alg. 1. future [B, S]: s_f from the target model at (s', a'); discount [B]: gamma, 0 at terminals.
+def bdm_loss(net, target_net, batch, next_action, future, discount, level, noise):
+    """L_BDM, Alg. 1. future [B, S]: s_f from the target model at (s', a'); discount [B]: gamma.
 
-    A discount of 0 leaves the plain diffusion loss on next_obs: a terminal state is its own future.
+    A discount of 0 leaves the plain diffusion loss on next_obs: such a state is its own future.
     """
-    level = torch.randint(K, (len(obs), 1), device=obs.device, generator=generator)
-    noise = torch.randn(obs.shape, dtype=obs.dtype, device=obs.device, generator=generator)
-    x_next, x_future = noised(next_obs, noise, level), noised(future, noise, level)
+    x_next, x_future = noised(batch.next_obs, noise, level), noised(future, noise, level)
     with torch.no_grad():
-        target = target_net(x_future, next_obs, next_action, level)
-    both = net(torch.cat([x_next, x_future]), obs.repeat(2, 1), action.repeat(2, 1), level.repeat(2, 1))
-    of_next, of_future = both.chunk(2)
+        target = target_net(x_future, batch.next_obs, next_action, level)
+    obs, action = batch.obs.repeat(2, 1), batch.action.repeat(2, 1)
+    of_next, of_future = net(torch.cat([x_next, x_future]), obs, action, level.repeat(2, 1)).chunk(2)
     discount = discount.unsqueeze(-1)
     return ((1 - discount) * (of_next - noise) ** 2 + discount * (of_future - target) ** 2).mean()
 
 
-def state_loss(net, obs, action, futures, valid, weights, generator):
-    """L_s, Alg. 2: futures [B, k, S], valid [B, k, 1] of 0 and 1, weights [K]; its gradient is that in `action`."""
-    b, k, _ = futures.shape
-    level = torch.randint(K, (b, k, 1), device=obs.device, generator=generator)
-    noise = torch.randn(futures.shape, dtype=obs.dtype, device=obs.device, generator=generator)
-    obs, action = (x.unsqueeze(1).expand(b, k, x.shape[-1]) for x in (obs, action))
+def state_loss(net, obs, action, futures, weights, level, noise):
+    """L_s, Alg. 2: futures, noise [B, k, S], weights, level [B, k, 1]; its gradient is that in `action`."""
+    obs, action = (x.unsqueeze(1).expand(*futures.shape[:2], -1) for x in (obs, action))
     error = net(noised(futures, noise, level), obs, action, level) - noise
-    return (valid * weights[level] * error**2).sum(-1).mean()
+    return (weights * error**2).sum(-1).mean()
 
 
-def critic_targets(q_next, penalty, batch, gamma, critic_bc, reduce):
-    """ReBRAC's target: q_next [B] of the target critics at a', penalty [B] = |a' - a'_data|^2 (difference 6)."""
-    if reduce == "mean":
+def critic_targets(q_next, penalty, batch, gamma, critic_bc, own_penalty):
+    """ReBRAC's target: q_next [B] of the target critics at a', penalty [B] = |a' - a'_data|^2, own or in the mean."""
+    if not own_penalty:
         penalty = ((1 - batch.terminal) * penalty).mean()
     return batch.reward + gamma * (1 - batch.terminal) * (q_next - critic_bc * penalty)
 
 
-def state_coefficient(args):
-    """c_s, what really multiplies L_s (differences 1 and 14)."""
-    if args.c_s is not None:
-        return args.c_s
-    if args.state_weight == "linear":
-        return args.w_s
-    return args.w_s**2 * (args.w_q if args.sbc_only else 1)
-
-
 class Futures:
-    """The data's own future states, G ~ Geometric(1 - gamma) steps after a row (difference 9)."""
+    """The data's own future states, G ~ Geometric(1 - gamma) steps after a row (author's code: G + 1)."""
 
-    def __init__(self, data, gamma, kind):
-        self.data, self.gamma, self.kind = data, gamma, kind
+    def __init__(self, data, gamma, corrected):
+        self.data, self.gamma, self.corrected = data, gamma, corrected
         rows = torch.arange(len(data), device=data.rows.device)
         ends = torch.cat([data.episode.diff() != 0, torch.ones_like(data.episode[:1], dtype=torch.bool)])
         self.last = rows[ends][torch.searchsorted(rows[ends], rows)]  # last row of each row's episode
@@ -415,14 +394,29 @@ class Futures:
         index, data = index.unsqueeze(1), self.data
         u = 1 - torch.rand(len(index), k, device=index.device, generator=generator)  # in (0, 1]
         steps = 1 + (u.log() / math.log(self.gamma)).long()  # G = 1, 2, ...
-        if self.kind == "official":
-            row = index + steps + 1
-            inside = row.clamp(max=len(data) - 1)
-            valid = (row == inside) & (self.terminals[inside] == self.terminals[index])
-            return data.obs[inside], valid.unsqueeze(-1).float()
-        row, last = index + steps - 1, self.last[index]
-        valid = (row <= last) | (data.terminal[last] == 1)
-        return data.next_obs[torch.minimum(row, last)], valid.unsqueeze(-1).float()
+        if self.corrected:
+            row, last = index + steps - 1, self.last[index]
+            valid = (row <= last) | (data.terminal[last] == 1)
+            return data.next_obs[torch.minimum(row, last)], valid.unsqueeze(-1).float()
+        row = index + steps + 1
+        inside = row.clamp(max=len(data) - 1)
+        valid = (row == inside) & (self.terminals[inside] == self.terminals[index])
+        return data.obs[inside], valid.unsqueeze(-1).float()
+
+
+def adam(parameters, lr, **more):
+    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    parameters = list(parameters)
+    device = parameters[0].device
+    return torch.optim.Adam(
+        parameters, torch.tensor(lr, device=device), fused=True, capturable=device.type == "cuda", **more
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def update_target(target, net, tau):
+    """target <- (1 - tau) target + tau net"""
+    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), tau)
 
 
 class BDM:
@@ -436,20 +430,18 @@ class BDM:
         torch.manual_seed(seed)
         obs_dim, action_dim = data.obs_dim, data.action_dim
         self.actor = Actor(obs_dim, action_dim, args.hidden, data.max_action).to(device)
-        self.critic = Critic(obs_dim, action_dim, args.hidden).to(device)
+        self.critic = Critic(obs_dim, action_dim, args.hidden, eps=1e-6 if args.rebrac else 1e-5).to(device)
         self.bdm = NoiseModel(obs_dim, action_dim, args.bdm_hidden).to(device)
+        if args.rebrac:
+            rebrac_start(self.actor.net, 1e-3)
+            rebrac_start(self.critic.net, 3e-3)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.bdm_target = copy.deepcopy(self.bdm).requires_grad_(False)
-
-        def adam(params, lr, weight_decay=0.0):
-            lr = torch.tensor(lr, device=device)  # a tensor, so that a captured update sees it change
-            return torch.optim.Adam(
-                params, lr, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
-            )  # fmt: skip
-
         self.actor_opt = adam(self.actor.parameters(), args.actor_lr)
-        self.critic_opt = adam(self.critic.parameters(), args.critic_lr, args.critic_wd)
+        self.critic_opt = adam(
+            self.critic.parameters(), args.critic_lr, weight_decay=0.0 if args.rebrac else CRITIC_DECAY
+        )
         self.bdm_opt = adam(self.bdm.parameters(), args.bdm_lr)
         self.obs_mean, self.obs_std = torch.zeros(obs_dim, device=device), torch.ones(obs_dim, device=device)
         self.state = dict(
@@ -458,17 +450,9 @@ class BDM:
             critic_opt=self.critic_opt, bdm_opt=self.bdm_opt, obs_mean=self.obs_mean, obs_std=self.obs_std,
             generator=self.generator,
         )  # fmt: skip
-
-        self.c_s = state_coefficient(args)
         self.eta = level_weights(args.eta).to(device)
-        self.has_actor = args.bdm_only is None
-        self.has_critic = self.has_actor and not args.sbc_only
-        self.has_bdm = self.c_s != 0 or not self.has_actor
-        pairs = self.has_actor * [(self.actor_target, self.actor)]
-        pairs += self.has_critic * [(self.critic_target, self.critic)]
-        pairs += self.has_bdm * [(self.bdm_target, self.bdm)]
-        self.targets = [param for target, _ in pairs for param in target.parameters()]
-        self.online = [param for _, net in pairs for param in net.parameters()]
+        self.has_critic = not args.sbc_only
+        self.has_bdm = args.w_s != 0
 
     def use_data(self, futures, mean, std):
         """What training takes from the data: future states, and the scale of observations, which a policy keeps."""
@@ -478,28 +462,29 @@ class BDM:
 
     def update(self):
         """Two updates: critics and BDM in both; actor and all targets in the first."""
-        for delayed in (False, True):
-            index = torch.randint(
-                len(self.data.rows), (self.args.batch_size,), device=self.generator.device, generator=self.generator
-            )
-            batch = self.data.split(self.data.rows[index])
+        for with_actor in (True, False):
+            index, batch = self.sample()
             next_action = self.next_action(batch) if self.has_critic or self.has_bdm else None
             if self.has_critic:
                 self.critic_step(batch, next_action)
             if self.has_bdm:
                 self.bdm_step(batch, next_action)
-            if delayed:
-                continue
-            if self.has_actor:
+            if with_actor:
                 self.actor_step(batch, index)
-            with torch.no_grad():
-                torch._foreach_lerp_(self.targets, self.online, self.args.tau)
+                if self.has_critic:
+                    update_target(self.critic_target, self.critic, self.args.tau)
+                if self.has_bdm:
+                    update_target(self.bdm_target, self.bdm, self.args.tau)
+
+    def sample(self):
+        """Numbers and contents of random rows."""
+        size, device = (self.args.batch_size,), self.generator.device
+        index = torch.randint(len(self.data.rows), size, device=device, generator=self.generator)
+        return index, self.data.split(self.data.rows[index])
 
     @torch.no_grad()
     def next_action(self, batch):
-        """a' of critics and BDM: the target actor's with clipped noise (TD3); the data's with --bdm-only."""
-        if not self.has_actor:
-            return batch.next_action
+        """a' of critics and BDM: the target actor's with clipped noise (TD3)."""
         noise = POLICY_NOISE * torch.randn(batch.action.shape, device=batch.action.device, generator=self.generator)
         action = self.actor_target(batch.next_obs) + noise.clamp(-NOISE_CLIP, NOISE_CLIP)
         return action.clamp(-self.data.max_action, self.data.max_action)
@@ -509,7 +494,8 @@ class BDM:
         with torch.no_grad():
             q_next = self.critic_target(batch.next_obs, next_action).amin(0)
             penalty = ((next_action - batch.next_action) ** 2).sum(-1)
-            target = critic_targets(q_next, penalty, batch, args.gamma, args.critic_bc, args.critic_bc_reduce)
+            own_penalty = args.corrected or args.rebrac
+            target = critic_targets(q_next, penalty, batch, args.gamma, args.critic_bc, own_penalty)
         q = self.critic(batch.obs, batch.action)
         critic_loss = ((q - target) ** 2).mean(1).sum()
         self.critic_opt.zero_grad()
@@ -518,14 +504,17 @@ class BDM:
         self.metrics.add(critic_loss=critic_loss, q=q.mean())
 
     def bdm_step(self, batch, next_action):
+        args, generator, device = self.args, self.generator, batch.obs.device
+        start = torch.randn(batch.obs.shape, device=device, generator=generator)
         with torch.no_grad():
-            start = torch.randn(batch.obs.shape, device=batch.obs.device, generator=self.generator)
-            future = reverse_chain(
-                self.bdm_target, start, batch.next_obs, next_action, self.generator, self.args.sampler
-            )  # fmt: skip
-        discount = self.args.gamma * (1 - batch.terminal)
-        loss = bdm_loss(self.bdm, self.bdm_target, batch.obs, batch.action, batch.next_obs, next_action, future,
-                        discount, self.generator)  # fmt: skip
+            future = reverse_chain(self.bdm_target, start, batch.next_obs, next_action, generator, args.corrected)
+        level = torch.randint(K, (len(start), 1), device=device, generator=generator)
+        if args.corrected:
+            noise = torch.randn(start.shape, device=device, generator=generator)
+            discount = args.gamma * (1 - batch.terminal)
+        else:  # the noise that started the chain; and on from terminals
+            noise, discount = start, torch.full_like(batch.terminal, args.gamma)
+        loss = bdm_loss(self.bdm, self.bdm_target, batch, next_action, future, discount, level, noise)
         self.bdm_opt.zero_grad()
         loss.backward()
         self.bdm_opt.step()
@@ -534,22 +523,44 @@ class BDM:
     def actor_step(self, batch, index):
         args = self.args
         action = self.actor(batch.obs)
-        bc_loss = ((action - batch.action) ** 2).sum(-1).mean()  # L_a
+
+        # L_a: near the data's actions
+        bc_loss = ((action - batch.action) ** 2).sum(-1).mean()
         actor_loss = args.w_a * bc_loss
+        self.metrics.add(bc_loss=bc_loss)
+
+        # L_s: near the data's future states
         if self.has_bdm:
-            net = self.bdm_target if args.actor_bdm == "target" else self.bdm
-            futures, valid = self.futures.draw(index, args.num_futures, self.generator)
-            cloning_loss = state_loss(net, batch.obs, action, futures, valid, self.eta, self.generator)
-            actor_loss = actor_loss + self.c_s * cloning_loss
+            cloning_loss = self.state_loss(batch.obs, action, index)
+            actor_loss = actor_loss + args.w_s**2 * cloning_loss
             self.metrics.add(state_loss=cloning_loss)
+
+        # L_Q: up Q, scaled
         if self.has_critic:
             q = self.critic(batch.obs, action)
-            q = q[0] if args.actor_q == "q1" else q.amin(0)
+            q = q.amin(0) if args.rebrac else q[0]
             actor_loss = actor_loss - q.mean() / q.abs().mean().detach()
+
         self.actor_opt.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # critics and BDM stay as they are
+        if args.rebrac:
+            update_target(self.actor_target, self.actor, args.tau)
         self.actor_opt.step()
-        self.metrics.add(actor_loss=actor_loss, bc_loss=bc_loss)
+        if not args.rebrac:
+            update_target(self.actor_target, self.actor, args.tau)
+        self.metrics.add(actor_loss=actor_loss)
+
+    def state_loss(self, obs, action, index):
+        """L_s with futures, levels and noise drawn for each row."""
+        args, generator = self.args, self.generator
+        futures, valid = self.futures.draw(index, args.num_futures, generator)
+        level = torch.randint(K, valid.shape, device=obs.device, generator=generator)
+        noise = torch.randn(futures.shape, device=obs.device, generator=generator)
+        eta = self.eta[level]
+        if args.eta == "code" and not args.corrected:
+            eta = eta / eta.mean()
+        net = self.bdm_target if args.actor_bdm == "target" else self.bdm
+        return state_loss(net, obs, action, futures, valid * eta, level, noise)
 
     def act(self, obs, generator):
         """[n, S] -> [n, A]; `generator` is not needed, pi is deterministic."""
@@ -560,17 +571,56 @@ class BDM:
         """One future state s_f ~ d(. | s, a) for each row: obs [B, S], action [B, A] -> [B, S], in the data's units."""
         obs = (obs - self.obs_mean) / self.obs_std
         start = torch.randn(obs.shape, device=obs.device, generator=generator)
-        future = reverse_chain(self.bdm_target, start, obs, action, generator, self.args.sampler)
+        future = reverse_chain(self.bdm_target, start, obs, action, generator, self.args.corrected)
         return future * self.obs_std + self.obs_mean
+
+
+class BDMOnly(BDM):
+    """--bdm-only: the BDM alone, of the data's next actions or of another run's policy."""
+
+    def __init__(self, args, data, seed):
+        super().__init__(args, data, seed)
+        self.has_bdm = True
+        self.policy_mean, self.policy_std = self.obs_mean.clone(), self.obs_std.clone()
+        self.state |= dict(policy_mean=self.policy_mean, policy_std=self.policy_std)
+
+    def use_policy(self, policy):
+        """The actor of another run, and the scale of its observations."""
+        self.actor.load_state_dict(policy.actor.state_dict())
+        self.policy_mean.copy_(policy.obs_mean)
+        self.policy_std.copy_(policy.obs_std)
+
+    def update(self):
+        """Two updates; the target moves in the first."""
+        for with_target in (True, False):
+            _, batch = self.sample()
+            self.bdm_step(batch, self.next_action(batch))
+            if with_target:
+                update_target(self.bdm_target, self.bdm, self.args.tau)
+
+    @torch.no_grad()
+    def next_action(self, batch):
+        if self.args.bdm_only == "data":
+            return batch.next_action
+        obs = batch.next_obs * self.obs_std + self.obs_mean
+        return self.actor((obs - self.policy_mean) / self.policy_std)
 
 
 def load_learner(folder, device="cpu"):
     """The learner of a finished run of this script, without its data."""
-    checkpoint, saved = load_checkpoint(folder, device), saved_args(folder, Args)
-    if "w_s" not in saved:
-        raise UserError(f"{folder} is not a run of this script")
-    learner = BDM(replace(Args(), **saved | dict(device=device)), SimpleNamespace(**checkpoint["dims"]), 0)
+    args, checkpoint = load_run(__file__, folder, Args, device=device)
+    learner = (BDMOnly if args.bdm_only else BDM)(args, SimpleNamespace(**checkpoint["dims"]), 0)
     set_state(learner.state, checkpoint["learner"])
+    return learner
+
+
+def load_actor(folder, data, device):
+    """The learner of a run whose policy can act in `data`."""
+    learner = load_learner(folder, device)
+    if learner.args.bdm_only:
+        raise UserError(f"{folder} was made with --bdm-only and holds no policy")
+    if (learner.data.obs_dim, learner.data.action_dim) != (data.obs_dim, data.action_dim):
+        raise UserError(f"{folder} ran on {learner.args.env}, which has other states or actions than {data.name}")
     return learner
 
 
@@ -583,7 +633,7 @@ def sample_futures(folder, obs, action, n=100, seed=0, device="cpu"):
     """
     learner = load_learner(folder, device)
     if not learner.has_bdm:
-        raise UserError(f"{folder} was made with --w-s 0 and holds no model of future states")
+        raise UserError(f"{folder} was made without a state term and holds no model of future states")
     rows = (torch.as_tensor(x, dtype=torch.float32, device=device).repeat_interleave(n, 0) for x in (obs, action))
     future = learner.sample_futures(*rows, torch.Generator(device).manual_seed(seed))
     return future.view(-1, n, learner.data.obs_dim).cpu().numpy()
@@ -620,62 +670,66 @@ def standardize(data):
     return mean, std
 
 
-def use_policy(folder, data, device):
-    """Put the actions of a run's policy in the place of the data's next actions."""
-    learner = load_learner(folder, device)
-    if not learner.has_actor:
-        raise UserError(f"{folder} was made with --bdm-only and holds no policy")
-    if (learner.data.obs_dim, learner.data.action_dim) != (data.obs_dim, data.action_dim):
-        raise UserError(f"{folder} ran on {learner.args.env}, which has other states or actions than {data.name}")
-    with torch.no_grad():
-        for rows in torch.arange(len(data)).split(100_000):
-            data.next_action[rows] = learner.act(data.next_obs[rows].to(device), None).to(data.rows.device)
+def settings():
+    """The table for what the command line asks for."""
+    asked = {word.split("=")[0].replace("_", "-") for word in sys.argv}
+    if "--rebrac" in asked:
+        return REBRAC | OURS
+    if "--sbc-only" in asked:
+        return SBC | OURS
+    return PAPER | OURS if "--bdm-only" in asked else REBRAC | PAPER | OURS
 
 
-def check(args):
+def check(args, given):
+    at_least(args, 1, "num_futures", "hidden", "bdm_hidden")
     if not 0 < args.gamma < 1:
         raise UserError(f"--gamma must be between 0 and 1, found {args.gamma}")
-    if args.bdm_only and args.sbc_only:
-        raise UserError("--bdm-only trains no policy, --sbc-only trains one: give one of them")
     if args.bdm_only and args.evaluate:
         raise UserError(f"{args.evaluate} was made with --bdm-only and holds no policy to evaluate")
-
-
-def describe_weights(args):
-    """The line at the start of a run that says how much the state term weighs."""
+    modes = [name for name in ("--sbc-only", "--rebrac", "--bdm-only") if getattr(args, name[2:].replace("-", "_"))]
+    if len(modes) > 1:
+        raise UserError(f"{modes[0]} and {modes[1]} exclude each other")
+    if args.rebrac and args.w_s and "w_s" in given:
+        raise UserError("ReBRAC as its authors run it has raw states and no BDM: --w-s takes --no-rebrac beside it")
+    if args.rebrac:
+        args.w_s = 0.0
+        useless(given, ["corrected"], "with --rebrac")
+    if args.sbc_only:
+        useless(given, ["critic_lr", "critic_bc", "reward_scale"], "with --sbc-only")
     if args.bdm_only:
-        return f"only the BDM, of the policy in {args.bdm_only}"
-    if args.c_s == 0:
-        return f"no state term, no BDM: plain {'behaviour cloning' if args.sbc_only else 'ReBRAC'}, w_a {args.w_a:g}"
-    name = "SBC" if args.sbc_only else "ReBRAC-SBC"
-    return f"{name}: w_a {args.w_a:g}, w_s {args.w_s:g} (as in Table 4); in the loss c_s = {args.c_s:g} multiplies L_s"
+        args.w_s = 0.0
+        others = ["actor_lr", "critic_lr", "w_a", "w_s", "eta", "actor_bdm", "num_futures", "critic_bc", "reward_scale"]
+        useless(given, others, "with --bdm-only")
+    elif args.w_s == 0:
+        useless(given, ["bdm_lr", "bdm_hidden", "eta", "actor_bdm", "num_futures"], "without a state term")
+    if args.w_s == 0:
+        args.paper_score = None  # of another algorithm
 
 
 def main():
-    args = parse_args(Args, PAPER | REBRAC | OURS, doc=__doc__)
-    check(args)
+    args = parse_args(Args, settings(), check, doc=__doc__)
     if args.evaluate:
         return evaluate_run(args, BDM)
-    args.c_s = state_coefficient(args)
-    if args.env in REBRAC:
-        print(f"note: the paper did not run {args.env}; its settings are ReBRAC's, with w_s = 0 unless given")
-    print(describe_weights(args))
+    if args.rebrac:
+        print("note: ReBRAC as its authors run it, without a BDM")
     data = load_dataset(args.env, args.data_path, true_next_obs=True)
-    if args.bdm_only not in (None, "data"):
-        use_policy(args.bdm_only, data, args.device)
+    policy = None
+    if args.bdm_only not in (None, "data") and not args.resume:
+        policy = load_actor(args.bdm_only, data, args.device)
+        args.hidden = policy.args.hidden
     data.reward.mul_(args.reward_scale)
-    mean, std = standardize(data) if args.normalize_states else (torch.zeros(data.obs_dim), torch.ones(data.obs_dim))
+    mean, std = (0.0, 1.0) if args.rebrac else standardize(data)
     data = data.to(args.device)
-    learners = [BDM(args, data, seed) for seed in args.seed]
-    futures = Futures(data, args.gamma, args.futures)
+    learners = [(BDMOnly if args.bdm_only else BDM)(args, data, seed) for seed in args.seed]
+    futures = Futures(data, args.gamma, args.corrected)
     for learner in learners:
         learner.use_data(futures, mean, std)
-    published = PUBLISHED_SBC if args.sbc_only else PUBLISHED if learners[0].has_bdm else {}
-    args.paper_score = published.get(args.env)
+        if policy:
+            learner.use_policy(policy)
     run = Run(args, learners, data, __file__, PROTOCOL)
 
     update = capture(learners, "update")
-    for _ in run.updates("update", args.steps, stride=2, evaluate=learners[0].has_actor):
+    for _ in run.updates("update", args.steps, stride=2, evaluate=not args.bdm_only):
         update()
     if learners[0].has_bdm:
         for learner, folder in zip(learners, run.folders):
