@@ -485,9 +485,10 @@ class BDM:
     @torch.no_grad()
     def next_action(self, batch):
         """a' of critics and BDM: the target actor's with clipped noise (TD3)."""
+        limit = self.data.max_action
         noise = POLICY_NOISE * torch.randn(batch.action.shape, device=batch.action.device, generator=self.generator)
-        action = self.actor_target(batch.next_obs) + noise.clamp(-NOISE_CLIP, NOISE_CLIP)
-        return action.clamp(-self.data.max_action, self.data.max_action)
+        action = self.actor_target(batch.next_obs) + limit * noise.clamp(-NOISE_CLIP, NOISE_CLIP)
+        return action.clamp(-limit, limit)
 
     def critic_step(self, batch, next_action):
         args = self.args
