@@ -84,10 +84,10 @@ To lift this file out: bring your own `load_dataset` (`rows` and `split`, which 
 """
 
 import copy
-import functools
 import math
 import sys
 from dataclasses import dataclass
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Literal
 
@@ -259,8 +259,8 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim, action_dim, hidden, eps=1e-5):
         super().__init__()
-        linear, norm = functools.partial(EnsembleLinear, 2), functools.partial(EnsembleLayerNorm, 2, eps=eps)
-        self.net = mlp([obs_dim + action_dim, hidden, hidden, hidden, 1], nn.ReLU, linear, norm)
+        sizes = [obs_dim + action_dim, hidden, hidden, hidden, 1]
+        self.net = mlp(sizes, nn.ReLU, partial(EnsembleLinear, 2), partial(EnsembleLayerNorm, 2, eps=eps))
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], dim=-1)
@@ -321,7 +321,7 @@ def level_weights(eta):
     return (weights / weights.mean()).float()
 
 
-@functools.cache
+@cache
 def abar_on(device, dtype):
     """ABAR on a device; kept there, because a captured update cannot copy it from the host."""
     return ABAR.to(device, dtype)
@@ -408,9 +408,8 @@ def adam(parameters, lr, **more):
     """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
     parameters = list(parameters)
     device = parameters[0].device
-    return torch.optim.Adam(
-        parameters, torch.tensor(lr, device=device), fused=True, capturable=device.type == "cuda", **more
-    )  # fmt: skip
+    lr = torch.tensor(lr, device=device)
+    return torch.optim.Adam(parameters, lr, fused=True, capturable=device.type == "cuda", **more)
 
 
 @torch.no_grad()
@@ -429,6 +428,9 @@ class BDM:
         self.metrics = Metrics()
         torch.manual_seed(seed)
         obs_dim, action_dim = data.obs_dim, data.action_dim
+        self.has_critic = not args.sbc_only
+        self.has_bdm = args.w_s != 0
+
         self.actor = Actor(obs_dim, action_dim, args.hidden, data.max_action).to(device)
         self.critic = Critic(obs_dim, action_dim, args.hidden, eps=1e-6 if args.rebrac else 1e-5).to(device)
         self.bdm = NoiseModel(obs_dim, action_dim, args.bdm_hidden).to(device)
@@ -438,11 +440,12 @@ class BDM:
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.bdm_target = copy.deepcopy(self.bdm).requires_grad_(False)
+
         self.actor_opt = adam(self.actor.parameters(), args.actor_lr)
-        self.critic_opt = adam(
-            self.critic.parameters(), args.critic_lr, weight_decay=0.0 if args.rebrac else CRITIC_DECAY
-        )
+        decay = 0.0 if args.rebrac else CRITIC_DECAY
+        self.critic_opt = adam(self.critic.parameters(), args.critic_lr, weight_decay=decay)
         self.bdm_opt = adam(self.bdm.parameters(), args.bdm_lr)
+        self.eta = level_weights(args.eta).to(device)
         self.obs_mean, self.obs_std = torch.zeros(obs_dim, device=device), torch.ones(obs_dim, device=device)
         self.state = dict(
             actor=self.actor, critic=self.critic, bdm=self.bdm, actor_target=self.actor_target,
@@ -450,9 +453,6 @@ class BDM:
             critic_opt=self.critic_opt, bdm_opt=self.bdm_opt, obs_mean=self.obs_mean, obs_std=self.obs_std,
             generator=self.generator,
         )  # fmt: skip
-        self.eta = level_weights(args.eta).to(device)
-        self.has_critic = not args.sbc_only
-        self.has_bdm = args.w_s != 0
 
     def use_data(self, futures, mean, std):
         """What training takes from the data: future states, and the scale of observations, which a policy keeps."""
