@@ -15,7 +15,7 @@ A diffusion model eps of the successor state measure d(s_f | s, a), the law of t
 stops after each step with probability 1 - gamma, is learnt by temporal differences. The actor then clones not only the
 data's actions but, through the model, the states that followed in the data.
 
-    noised  x_i(s) = sqrt(abar_i) s + sqrt(1 - abar_i) n,  n ~ N(0, I),  i uniform over 10     Sec. 4.2  noised
+    noised  x_i(s) = sqrt(abar_i) s + sqrt(1 - abar_i) n,  n ~ N(0, I),  i uniform over K      Sec. 4.2  noised
     BDM     L_BDM = E (1 - gamma) |eps(x_i(s'), s, a, i) - n|^2
                     + gamma |eps(x_i(s_f), s, a, i) - eps'(x_i(s_f), s', a', i)|^2             Alg. 1    bdm_loss
             a' = pi'(s') + clipped noise;  s_f ~ d'(. | s', a') by the reverse chain of eps'             reverse_chain
@@ -25,58 +25,50 @@ data's actions but, through the model, the states that followed in the data.
     state   L_s = E eta_i |eps'(x_i(s_f), s, pi(s), i) - n|^2,  s_f from the future of s       Alg. 2    state_loss
     actor   L = -E Q1(s, pi(s)) / mean |Q1| + w_a L_a + w_s^2 L_s                              Alg. 2    actor_step
 
-Everything trains together (`update`): critics and BDM in every update, the actor and all targets (', rate tau) in every
-second. To act: pi(s). States are z-scored, since the chain starts from N(0, I). eta_i (Lemma): `level_weights`; the
-data's futures: `Futures`; draws from d (Sec. 4.2): `sample_futures`; Table 4 from Table 3 (App. B): `table4`.
+    each update       a', critics, BDM                                                         update
+    every second one  actor and all targets (', rate tau); to act: pi(s)                       update, act
+    App. B            Table 4 from Table 3                                                     table4
+    Sec. 4.2          draws from d of a trained model                                          sample_futures
 
-The paper, where this file does what the author's code does instead:
+States are z-scored, since the chain starts from N(0, I). Without critics (--sbc-only, App. C) L_Q is left out.
 
-    paper                                         author's code
-    L_s has weight w_s                            w_s^2, multiplied twice: for the paper give --w-s its root
-    eta = beta^2 alpha (1 - alpha)                beta / (alpha (1 - abar)), the Lemma's for variance beta, over its
-                                                  mean: 99 % of the weight is on the noisiest level, where nothing is
-                                                  to be learnt, and 0.8 % of the pull of equal weights is left.
-                                                  --eta paper; --eta uniform, with 0.089 w_s for an equal pull
-    L_s reads eps                                 the target eps': --actor-bdm online
-    adds min Q to the loss (a slip of sign)       climbs Q1, scaled as in TD3+BC
-    a_pi with noise, L_a over 2 sigma^2           neither, so that w_a has ReBRAC's scale
-    one s_f per row in L_s                        16: --num-futures 1
-    "hyperparameters from ReBRAC"                 z-scored states, L2 decay of the critics, beta_c 0 (ReBRAC 0.5) on
-                                                  hopper-medium-replay
-    SBC: "the same hyperparameters"               w_a and w_s without w_Q of Table 3
-    alpha_i; s_f ~ d(. | s, a), eps(s'_i, i)      abar_i; s_f ~ d(. | s', a') as in Alg. 1, eps(s'_i, s, a, i)
-    no sampler, no K                              DDPM, K = 10
-
-Slips of the author's code, which this file repeats, unless --corrected is given:
-
-    author's code                                 --corrected
-    s_f in L_s is G + 1 steps on, across time     G ~ Geometric(1 - gamma) steps on in its episode, for ever in
-    limits too, and none beyond a terminal        a terminal state, none beyond a time limit
-    the BDM ignores terminals                     a terminal s' is its own future: gamma (1 - terminal)
-    the reverse chain calls the network one       at that level: N(1, 1) comes out with mean 0.98, not 0.76
-    level above that from which it steps
-    the chain starts at the n that noises s_f     at a draw of its own
-    eta over its mean in the batch                over its mean, 100.854
-    critics' penalty [B] and values [B, 1] give   each sample's own penalty
-    [B, B]: every sample gets the mean penalty
-
-    L_s is 17 to 22 % larger with corrected futures, because masked ones count as zeros (valid: 0.842 in the code, 0.984
-    here on Hopper medium; 0.559, 0.999 on medium-replay). Terminals and start change L_BDM by 14 to 28 %.
-
-ReBRAC's authors (CORL, eeeeef2): --rebrac, and the default on datasets that the paper did not run:
-
-    author's code                                 --rebrac
-    initial weights of PyTorch                    hidden biases 0.1, last layers within 1e-3 (actor) and 3e-3 (critics);
-                                                  with PyTorch's Q is 20 to 33 % higher after 250 to 1,000 updates, 2 to
-                                                  5 % after 12,000
-    eps of LayerNorm 1e-5                         1e-6
-    target actor follows the actor after its      the actor before its step
-    step
-    z-scored states, decay, mean penalty, Q1      raw states, no decay, each sample's own penalty, min(Q1, Q2)
-
-The author's SBC also moves target critics that nothing reads: not here. "99 % less variance" (Sec. 4.2) than Monte
-Carlo is exact for the target, on average over a stationary law of s; of the gradient, (1 - gamma)^2 is left where d
-does not depend on (s, a), and more with a network, whose errors at (s, a) and (s', a') differ.
+    The paper (P) or the author's code (C)            This file, which follows C; X: with --corrected
+ 1. P: L_s has weight w_s                             w_s^2, multiplied twice: for P give --w-s its root
+ 2. P: eta = beta^2 alpha (1 - alpha)                 beta / (alpha (1 - abar)), the Lemma's for variance beta, over its
+                                                      mean: 99 % of the weight is on the noisiest level, where nothing
+                                                      is to be learnt, 0.8 % of the pull of equal weights is left.
+                                                      --eta paper; --eta uniform, for an equal pull with 0.089 w_s.
+                                                      X: the mean of the levels, 100.854, not of the batch
+ 3. P: L_s reads eps                                  the target eps': --actor-bdm online
+ 4. P: adds min Q to the loss (a slip of sign)        climbs Q1, scaled as in TD3+BC
+ 5. P: a_pi with noise, L_a over 2 sigma^2            neither, so that w_a has ReBRAC's scale
+ 6. P: one s_f per row in L_s                         16: --num-futures 1
+ 7. P: "hyperparameters from ReBRAC"                  z-scored states, L2 decay of the critics, beta_c 0 on
+                                                      hopper-medium-replay (ReBRAC: 0.5)
+ 8. P: SBC with "the same hyperparameters"            w_a and w_s without w_Q of Table 3. C moves unread target critics
+                                                      too, not here
+ 9. P: alpha_i; s_f ~ d(. | s, a), eps(s'_i, i)       abar_i; s_f ~ d(. | s', a'), as in Alg. 1; eps(s'_i, s, a, i)
+10. C: s_f in L_s is G + 1 steps on, across time      X: G ~ Geometric(1 - gamma) steps on in its episode, for ever in a
+    limits too, none beyond a terminal                terminal state, none beyond a time limit. L_s gets 17 to 22 %
+                                                      larger: missing ones count as zeros (there are 0.842 of all in C,
+                                                      0.984 in X on Hopper medium; 0.559, 0.999 on medium-replay)
+11. P: no sampler, no K. C: DDPM, K = 10, the         X: at that level: N(1, 1) comes out with mean 0.98, not 0.76
+    network called one level above the step's
+12. C: the BDM ignores terminals                      X: a terminal s' is its own future: gamma (1 - terminal)
+13. C: the chain starts at the n that noises s_f      X: at a draw of its own. With 12, L_BDM differs by 14 to 28 %
+14. C: critics' penalty [B], values [B, 1], target    X: each sample's own penalty
+    [B, B]: each sample is given the mean penalty
+15. ReBRAC's authors (CORL, eeeeef2): hidden biases   --rebrac, and on datasets that P did not run; else PyTorch's start
+    0.1, last layers within 1e-3 (pi), 3e-3 (Q)       (Q 20 to 33 % higher after 250 to 1,000 updates, 2 to 5 % after
+                                                      12,000)
+16. They: LayerNorm's eps 1e-6; pi' follows pi from   --rebrac; else 1e-5; after its step
+    before its step
+17. They: raw states, no decay, each sample's         --rebrac; else see 4, 7, 14
+    penalty, min(Q1, Q2)
+18. P: "99 % less variance" than Monte Carlo          exact for the target, on average over a stationary law of s; of
+                                                      the gradient (1 - gamma)^2 is left where d does not depend on
+                                                      (s, a), more with a network, whose errors at (s, a) and (s', a')
+                                                      differ
 
 To lift this file out: bring your own `load_dataset` (`rows` and `split`, which names their six columns as in `Batch`;
 `episode` [N], an index that changes where an episode ends; `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`,
@@ -101,6 +93,7 @@ from common import (
     RunArgs,
     UserError,
     at_least,
+    at_most,
     capture,
     cli,
     evaluate_run,
@@ -118,42 +111,24 @@ class Args(RunArgs):
     batch_size: int = 1024
 
     # ReBRAC-SBC
-    corrected: bool = False
-    """Without the slips of the author's code (list above)."""
-    sbc_only: bool = False
-    """Imitation alone: no critics, no L_Q (App. C)."""
-    rebrac: bool = False
-    """ReBRAC as its own authors run it, without a BDM."""
-    bdm_only: str | None = None
-    """Train only the BDM: `data` for that of the data's policy, or the folder of a run for that of its policy."""
-    gamma: float = 0.99
-    """Discount, of rewards and of future states."""
-    tau: float = 0.005
-    """Rate of all target networks."""
-    actor_lr: float = 1e-3
-    """lr_pi in Table 4."""
-    bdm_lr: float = 1e-3
-    """lr_diffusion in Table 4."""
-    critic_lr: float = 1e-3
-    """Learning rate of the critics."""
-    w_a: float = 0.01
-    """Weight of cloning actions, Table 4."""
-    w_s: float = 0.01
-    """Weight of cloning states, Table 4; its square multiplies L_s, as in the author's code. 0: no BDM."""
-    eta: Literal["code", "uniform", "paper"] = "code"
-    """eta_i, weight of noise level i in L_s."""
-    actor_bdm: Literal["target", "online"] = "target"
-    """The BDM that L_s reads."""
-    num_futures: int = 16
-    """Future states per row in L_s."""
-    critic_bc: float = 0.01
-    """beta_c, weight of ReBRAC's penalty in the critics' target."""
-    reward_scale: float = 1.0
-    """Multiplies every reward (ReBRAC on AntMaze: 100)."""
-    hidden: int = 256
-    """Width of actor and critics."""
-    bdm_hidden: int = 512
-    """Width of the BDM."""
+    corrected: bool = False  # Without the slips of the author's code: differences 2 and 10 to 14.
+    sbc_only: bool = False  # Imitation alone: no critics, no L_Q (App. C).
+    rebrac: bool = False  # ReBRAC as its own authors run it, without a BDM.
+    bdm_only: str | None = None  # Train the BDM alone: of the policy in the `data`, or of a run's, by its folder.
+    gamma: float = 0.99  # Discount, of rewards and of future states.
+    tau: float = 0.005  # Rate of all target networks.
+    actor_lr: float = 1e-3  # lr_pi in Table 4.
+    bdm_lr: float = 1e-3  # lr_diffusion in Table 4.
+    critic_lr: float = 1e-3  # Learning rate of the critics.
+    w_a: float = 0.01  # Weight of cloning actions, Table 4.
+    w_s: float = 0.01  # Weight of cloning states, Table 4; w_s^2 multiplies L_s (difference 1). 0: no BDM.
+    eta: Literal["code", "uniform", "paper"] = "code"  # eta_i, weight of noise level i in L_s.
+    actor_bdm: Literal["target", "online"] = "target"  # The BDM that L_s reads.
+    num_futures: int = 16  # Future states per row in L_s.
+    critic_bc: float = 0.01  # beta_c, weight of ReBRAC's penalty in the critics' target.
+    reward_scale: float = 1.0  # Multiplies every reward (ReBRAC on AntMaze: 100).
+    hidden: int = 256  # Width of actor and critics.
+    bdm_hidden: int = 512  # Width of the BDM.
 
 
 def table4(w_a0, critic_bc, w_sa, omega, w_q, paper_score):
@@ -211,7 +186,7 @@ DEMO = dict(hidden=64, bdm_hidden=64, batch_size=128, num_futures=4, gamma=0.95,
 OURS = {  # settings of this project: built-in data on two CPU cores
     "halfcheetah-demo": DEMO | dict(steps=16_000),
     "pendulum-demo": DEMO | dict(steps=4_000, eval_every=1_000),
-    "bandit": DEMO | dict(steps=4_000, eval_every=1_000),
+    "bandit": DEMO | dict(steps=4_000, eval_every=1_000, w_s=0.0),  # one state: no futures to clone
 }
 PROTOCOL = "last evaluation, 10 episodes; number of seeds not stated, 4 in the author's job scripts"
 
@@ -490,11 +465,15 @@ class BDM:
         action = self.actor_target(batch.next_obs) + limit * noise.clamp(-NOISE_CLIP, NOISE_CLIP)
         return action.clamp(-limit, limit)
 
+    def distance(self, action, other):
+        """|a - a'|^2 in units of max_action, so that w_a and beta_c mean the same for all data."""
+        return (((action - other) / self.data.max_action) ** 2).sum(-1)
+
     def critic_step(self, batch, next_action):
         args = self.args
         with torch.no_grad():
             q_next = self.critic_target(batch.next_obs, next_action).amin(0)
-            penalty = ((next_action - batch.next_action) ** 2).sum(-1)
+            penalty = self.distance(next_action, batch.next_action)
             own_penalty = args.corrected or args.rebrac
             target = critic_targets(q_next, penalty, batch, args.gamma, args.critic_bc, own_penalty)
         q = self.critic(batch.obs, batch.action)
@@ -507,13 +486,13 @@ class BDM:
     def bdm_step(self, batch, next_action):
         args, generator, device = self.args, self.generator, batch.obs.device
         start = torch.randn(batch.obs.shape, device=device, generator=generator)
-        with torch.no_grad():
+        with torch.no_grad():  # s_f
             future = reverse_chain(self.bdm_target, start, batch.next_obs, next_action, generator, args.corrected)
         level = torch.randint(K, (len(start), 1), device=device, generator=generator)
         if args.corrected:
             noise = torch.randn(start.shape, device=device, generator=generator)
             discount = args.gamma * (1 - batch.terminal)
-        else:  # the noise that started the chain; and on from terminals
+        else:  # differences 12 and 13
             noise, discount = start, torch.full_like(batch.terminal, args.gamma)
         loss = bdm_loss(self.bdm, self.bdm_target, batch, next_action, future, discount, level, noise)
         self.bdm_opt.zero_grad()
@@ -526,7 +505,7 @@ class BDM:
         action = self.actor(batch.obs)
 
         # L_a: near the data's actions
-        bc_loss = ((action - batch.action) ** 2).sum(-1).mean()
+        bc_loss = self.distance(action, batch.action).mean()
         actor_loss = args.w_a * bc_loss
         self.metrics.add(bc_loss=bc_loss)
 
@@ -559,7 +538,7 @@ class BDM:
         noise = torch.randn(futures.shape, device=obs.device, generator=generator)
         eta = self.eta[level]
         if args.eta == "code" and not args.corrected:
-            eta = eta / eta.mean()
+            eta = eta / eta.mean()  # difference 2
         net = self.bdm_target if args.actor_bdm == "target" else self.bdm
         return state_loss(net, obs, action, futures, valid * eta, level, noise)
 
@@ -682,37 +661,40 @@ def settings():
 
 
 def check(args, given):
-    at_least(args, 1, "num_futures", "hidden", "bdm_hidden")
-    if not 0 < args.gamma < 1:
-        raise UserError(f"--gamma must be between 0 and 1, found {args.gamma}")
+    at_least(args, 1, "hidden", "bdm_hidden", "num_futures")
+    at_least(args, 0, "gamma", "actor_lr", "bdm_lr", "critic_lr", "tau", "w_a", "w_s", "critic_bc")
+    at_most(args, 1, "gamma", "tau")
+    if args.gamma in (0, 1):
+        raise UserError(f"--gamma must lie between 0 and 1, found {args.gamma}")
+    modes = [mode for mode in ("sbc_only", "rebrac", "bdm_only") if getattr(args, mode)]
+    if len(modes) > 1:
+        raise UserError("--sbc-only, --rebrac and --bdm-only exclude each other")
     if args.bdm_only and args.evaluate:
         raise UserError(f"{args.evaluate} was made with --bdm-only and holds no policy to evaluate")
-    modes = [name for name in ("--sbc-only", "--rebrac", "--bdm-only") if getattr(args, name[2:].replace("-", "_"))]
-    if len(modes) > 1:
-        raise UserError(f"{modes[0]} and {modes[1]} exclude each other")
-    if args.rebrac and args.w_s and "w_s" in given:
-        raise UserError("ReBRAC as its authors run it has raw states and no BDM: --w-s takes --no-rebrac beside it")
     if args.rebrac:
-        args.w_s = 0.0
+        if args.w_s and "w_s" in given:
+            raise UserError("ReBRAC as its authors run it has raw states and no BDM: --w-s takes --no-rebrac with it")
         useless(given, ["corrected"], "with --rebrac")
+        if not args.evaluate:
+            print("note: ReBRAC as its authors run it, without a BDM")
     if args.sbc_only:
         useless(given, ["critic_lr", "critic_bc", "reward_scale"], "with --sbc-only")
     if args.bdm_only:
+        actor = ["actor_lr", "critic_lr", "w_a", "w_s", "eta", "actor_bdm", "num_futures", "critic_bc", "reward_scale"]
+        useless(given, actor, "with --bdm-only")
+    if args.rebrac or args.bdm_only:
         args.w_s = 0.0
-        others = ["actor_lr", "critic_lr", "w_a", "w_s", "eta", "actor_bdm", "num_futures", "critic_bc", "reward_scale"]
-        useless(given, others, "with --bdm-only")
-    elif args.w_s == 0:
-        useless(given, ["bdm_lr", "bdm_hidden", "eta", "actor_bdm", "num_futures"], "without a state term")
     if args.w_s == 0:
-        args.paper_score = None  # of another algorithm
+        args.paper_score = None  # that of another algorithm
+        if not args.bdm_only:
+            useless(given, ["bdm_lr", "bdm_hidden", "eta", "actor_bdm", "num_futures"], "without a state term")
 
 
 def main():
     args = parse_args(Args, settings(), check, doc=__doc__)
+    Learner = BDMOnly if args.bdm_only else BDM
     if args.evaluate:
-        return evaluate_run(args, BDM)
-    if args.rebrac:
-        print("note: ReBRAC as its authors run it, without a BDM")
+        return evaluate_run(args, Learner)
     data = load_dataset(args.env, args.data_path, true_next_obs=True)
     policy = None
     if args.bdm_only not in (None, "data") and not args.resume:
@@ -721,7 +703,7 @@ def main():
     data.reward.mul_(args.reward_scale)
     mean, std = (0.0, 1.0) if args.rebrac else standardize(data)
     data = data.to(args.device)
-    learners = [(BDMOnly if args.bdm_only else BDM)(args, data, seed) for seed in args.seed]
+    learners = [Learner(args, data, seed) for seed in args.seed]
     futures = Futures(data, args.gamma, args.corrected)
     for learner in learners:
         learner.use_data(futures, mean, std)
