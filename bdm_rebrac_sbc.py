@@ -405,6 +405,7 @@ class BDM:
         obs_dim, action_dim = data.obs_dim, data.action_dim
         self.has_critic = not args.sbc_only
         self.has_bdm = args.w_s != 0
+        self.target_first = args.rebrac  # difference 16
 
         self.actor = Actor(obs_dim, action_dim, args.hidden, data.max_action).to(device)
         self.critic = Critic(obs_dim, action_dim, args.hidden, eps=1e-6 if args.rebrac else 1e-5).to(device)
@@ -523,10 +524,10 @@ class BDM:
 
         self.actor_opt.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # critics and BDM stay as they are
-        if args.rebrac:
+        if self.target_first:
             update_target(self.actor_target, self.actor, args.tau)
         self.actor_opt.step()
-        if not args.rebrac:
+        if not self.target_first:
             update_target(self.actor_target, self.actor, args.tau)
         self.metrics.add(actor_loss=actor_loss)
 

@@ -32,11 +32,11 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def toy_data(rows=400, obs_dim=3, action_dim=2, terminals=True, seed=0):
-    """Random transitions in episodes of 20 rows; every second episode terminates, the others hit a time limit."""
+def toy_data(rows=400, obs_dim=3, action_dim=2, seed=0):
+    """Random transitions in episodes of 5 rows; every second episode terminates, the others hit a time limit."""
     rng = np.random.default_rng(seed)
-    end = np.arange(rows) % 20 == 19
-    terminal = end & (np.arange(rows) % 40 == 39) & terminals
+    end = np.arange(rows) % 5 == 4
+    terminal = end & (np.arange(rows) % 10 == 9)
     return Dataset.from_arrays(
         "toy", rng.normal(size=(rows, obs_dim)), rng.uniform(-1, 1, (rows, action_dim)), rng.normal(size=rows),
         terminal, end & ~terminal, None,
@@ -124,6 +124,10 @@ def test_sizes_and_inputs_of_the_networks():
     assert count(script.NoiseModel(11, 3, 512)) == 27 * 512 + 513 * 512 + 4 * 512 + 513 * 11
     assert count(script.Actor(11, 3, 256, 1.0)) == 12 * 256 + 2 * 257 * 256 + 257 * 3
     assert count(script.Critic(11, 3, 256)) == 2 * (15 * 256 + 2 * 257 * 256 + 3 * 512 + 257)
+    kinds = lambda net: " ".join(type(layer).__name__.removeprefix("Ensemble") for layer in net.net)
+    assert kinds(script.Critic(1, 1, 2)) == 3 * "Linear ReLU LayerNorm " + "Linear"
+    assert kinds(script.NoiseModel(1, 1, 2)) == 2 * "Linear ReLU LayerNorm " + "Linear"
+    assert kinds(script.Actor(1, 1, 2, 1.0)) == 3 * "Linear ReLU " + "Linear"
     net = script.NoiseModel(2, 1, 8)
     seen = []
     net.net[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -24,7 +24,9 @@ RENAMED = {  # fields of Args that have other names than in the files
     "srpo": {"lr": ("critic_lr", "behavior_lr")},
     "dac": {"lr": ("actor_lr",)},
     "qdq": {"lr": ("actor_lr", "critic_lr")},
-    "bdm_rebrac_sbc": {},
+    "bdm_rebrac_sbc": dict.fromkeys(  # one mode each, see `between_modes`
+        ("futures", "sampler", "critic_bc_reduce", "actor_q", "normalize_states", "critic_wd"), ()
+    ),
     "cped": {},
 }
 TOLERANCE = 1e-8
@@ -106,6 +108,8 @@ class Case:
     def make_learner(self):
         name = LEARNERS[self.module.__name__]
         name += "KL" if getattr(self.args, "behavior_reg", "") == "kl" else ""
+        if name == "BDM":
+            return between_modes(self)
         return getattr(self.module, name)(self.args, self.data, 0)
 
     def fill(self, learner):
@@ -116,7 +120,7 @@ class Case:
             learner.use_returns(torch.cat([self.data.obs, self.data.action, x], 1), torch.zeros(2))
         if hasattr(learner, "use_data"):
             learner.use_data(
-                self.module.Futures(self.data, self.args.gamma, "official"), torch.zeros(()), torch.ones(())
+                self.module.Futures(self.data, self.args.gamma, corrected=False), torch.zeros(()), torch.ones(())
             )
         tensors = self.tensors()
         for name, i, shape, shift, scale in self.networks:
@@ -164,6 +168,28 @@ class Case:
         difference = abs(float(got) - want) / max(abs(want), size)
         self.worst = max(self.worst, difference)
         assert difference < TOLERANCE, f"{name} after {self.calls} calls: {float(got)}, official {want}"
+
+
+def between_modes(case):
+    """A learner of the file's BDM variants, whose official side was patched, so that they lie between two modes.
+
+    rebrac: --rebrac, but LayerNorm's eps is 1e-5 and the target actor follows the actor after its step. The others:
+    --corrected, but futures (see `fill`), reverse chain and the critics' penalty are those of the author's code.
+    """
+    module, patch, flags = case.module, case.draws.patch, case.spec["flags"]
+    patch.setattr(module, "CRITIC_DECAY", flags["critic_wd"])
+    case.args.rebrac = flags.get("actor_q") == "min"
+    case.args.corrected = not case.args.rebrac
+    learner = module.BDM(case.args, case.data, 0)
+    if case.args.rebrac:
+        learner.target_first = False
+        for layer in [*learner.critic.modules(), *learner.critic_target.modules()]:
+            layer.eps = 1e-5
+    else:
+        chain, targets = module.reverse_chain, module.critic_targets
+        patch.setattr(module, "reverse_chain", lambda *inputs: chain(*inputs[:-1], False))
+        patch.setattr(module, "critic_targets", lambda *inputs: targets(*inputs[:-1], False))
+    return learner
 
 
 def exact_clip(parameters, max_norm):
