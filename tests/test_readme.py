@@ -84,8 +84,9 @@ def test_the_table_of_the_papers_is_that_of_the_scripts():
     rows = re.findall(r"^\| ([\w-]+-v\d) \|(.*)\| not yet run on D4RL \|$", README, flags=re.M)
     table = {env: [cell.strip() for cell in cells.split("|")] for env, cells in rows}
     modules = [importlib.import_module(name) for name in ("dtql", "srpo", "dac", "qdq", "cped", "bdm_rebrac_sbc")]
-    scores = lambda module: {env: row["paper_score"] for env, row in module.PAPER.items()}
-    columns = [getattr(module, "PUBLISHED", None) or scores(module) for module in modules] + [modules[-1].PUBLISHED_SBC]
+    scores = lambda table: {env: row["paper_score"] for env, row in table.items()}
+    columns = [getattr(module, "PUBLISHED", None) or scores(module.PAPER) for module in modules]
+    columns += [scores(modules[-1].SBC)]
     assert set(table) == set().union(*columns)
     for env, cells in table.items():
         assert cells == [str(column.get(env, "")) for column in columns], env
