@@ -780,6 +780,68 @@ def test_a_bdm_always_has_states_in_one_scale(parse):
 
 
 @pytest.fixture
+def around(monkeypatch):
+    """around(**settings): main() without training, on toy data; what it made and asked for."""
+
+    def around(**settings):
+        seen = {}
+
+        class Run:
+            folders = []
+
+            def __init__(self, args, learners, data, *_):
+                seen.update(args=args, learners=learners, data=data)
+
+            def updates(self, *asked, **more):
+                seen["asked"] = asked, more
+                return []
+
+            def finish(self):
+                pass
+
+        def load_dataset(*_, **more):
+            seen["more"] = more
+            return toy_data()
+
+        args = Args(**dict(device="cpu", steps=4, hidden=8, bdm_hidden=8) | settings)
+        replaced = dict(Run=Run, load_dataset=load_dataset, parse_args=lambda *_, **__: args)
+        for name, value in replaced.items():
+            monkeypatch.setattr(script, name, value)
+        script.main()
+        return seen
+
+    return around
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_what_main_does_around_the_updates(around, corrected):
+    seen, raw = around(seed=(0, 1), gamma=0.8, reward_scale=3.0, corrected=corrected), toy_data()
+    assert seen["more"] == dict(true_next_obs=True)
+    assert seen["asked"] == (("update", 4), dict(stride=2, evaluate=True))
+    assert torch.allclose(seen["data"].reward, 3 * raw.reward)
+    mean, std = script.standardize(raw)
+    assert torch.equal(seen["data"].obs, raw.obs) and torch.equal(seen["data"].next_obs, raw.next_obs)
+    for seed, learner in enumerate(seen["learners"]):
+        assert torch.equal(flat(learner.actor), flat(BDM(seen["args"], raw, seed).actor))
+        assert learner.generator.initial_seed() == seed
+        assert torch.equal(learner.obs_mean, mean) and torch.equal(learner.obs_std, std)
+        assert (learner.futures.gamma, learner.futures.corrected) == (0.8, corrected)
+        assert learner.futures.data is learner.data is seen["data"]
+
+
+def test_main_leaves_states_raw_for_rebrac_and_takes_the_policy_that_a_bdm_alone_follows(around, monkeypatch):
+    seen = around(rebrac=True, w_s=0.0)
+    assert torch.equal(seen["data"].obs, toy_data().obs) and torch.equal(seen["data"].next_obs, toy_data().next_obs)
+    assert seen["learners"][0].obs_mean.eq(0).all() and seen["learners"][0].obs_std.eq(1).all()
+    policy = make_learner(hidden=16)
+    monkeypatch.setattr(script, "load_actor", lambda folder, data, device: {"run": policy}[folder])
+    seen = around(bdm_only="run", w_s=0.0)
+    assert type(seen["learners"][0]) is script.BDMOnly and seen["asked"][1]["evaluate"] is False
+    assert torch.equal(flat(seen["learners"][0].actor), flat(policy.actor)) and seen["args"].hidden == 16
+    around(bdm_only="gone", w_s=0.0, resume=True)  # its checkpoint holds the policy
+
+
+@pytest.fixture
 def start(monkeypatch, tmp_path, capsys):
     """start(*flags): a tiny run on the pendulum; returns its folder and what it printed."""
 
