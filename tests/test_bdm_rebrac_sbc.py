@@ -833,7 +833,7 @@ def test_main_leaves_states_raw_for_rebrac_and_takes_the_policy_that_a_bdm_alone
     seen = around(rebrac=True, w_s=0.0)
     assert torch.equal(seen["data"].obs, toy_data().obs) and torch.equal(seen["data"].next_obs, toy_data().next_obs)
     assert seen["learners"][0].obs_mean.eq(0).all() and seen["learners"][0].obs_std.eq(1).all()
-    policy = make_learner(hidden=16)
+    policy = make_learner(hidden=16, seed=1)
     monkeypatch.setattr(script, "load_actor", lambda folder, data, device: {"run": policy}[folder])
     seen = around(bdm_only="run", w_s=0.0)
     assert type(seen["learners"][0]) is script.BDMOnly and seen["asked"][1]["evaluate"] is False
