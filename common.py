@@ -4,15 +4,16 @@ Sections: errors, facts, data, environments, evaluation, command line, learners,
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import csv
 import difflib
-import fcntl
 import functools
 import hashlib
 import http.client
-import importlib.util
+import importlib
+import inspect
 import io
 import itertools
 import json
@@ -26,24 +27,25 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import textwrap
+import threading
 import time
 import urllib.error
 import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import gymnasium
 import h5py
 import mujoco
 import numpy as np
 import torch
-import tyro
+from filelock import FileLock, Timeout
 from gymnasium import spaces
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.envs.registration import EnvSpec
@@ -407,8 +409,7 @@ def download(name: str) -> Path:
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(f"{path}.lock", "w") as lock:  # the lock of a killed process vanishes with it
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with FileLock(f"{path}.lock"):  # the lock of a killed process vanishes with it
                 if not path.exists():
                     fetch(name, path)
         except OSError as error:
@@ -1122,11 +1123,6 @@ class Bandit(gymnasium.Env):
 # Evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
-# MuJoCo steps without Python's lock, so threads help where a step is slow: on two idle cores AntMaze ran 1.6 times as
-# fast, Walker2d 1.4, Hopper 1.3; HalfCheetah (33 microseconds a step) and Pendulum got slower.
-THREADS_PAY_SECONDS = 60e-6
-MAX_THREADS = min(4, os.cpu_count() or 1)
-
 
 def score(env, returns):
     """Normalised score(s), 0 for D4RL's random and 100 for its expert return; None where no reference exists.
@@ -1150,61 +1146,73 @@ def score(env, returns):
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
 
 
+def score_name(env):
+    return "D4RL score" if env in DATASETS else "score"
+
+
 def evaluation_seed(seed):
     """Episode i of every evaluation of a run starts from seed `1000 * seed + 100 + i`."""
     return 1000 * seed + 100
 
 
-def evaluate(act, envs, seed):
+def evaluate(act, envs, seed, tick=lambda: None):
     """Raw undiscounted return [n] of exactly one episode in each of the n environments.
 
     All episodes advance together, with one call of `act` per time step for those that still run: float32
     observations [m, S] to actions [m, A], m <= n. Environment i is reset with seed + i. No global random generator is
-    touched. Raises RunError when `act` gives a wrong shape or a value that is not finite, or a return is not finite.
+    touched. `tick` is called before every time step. Raises RunError when `act` gives a wrong shape or a value that is
+    not finite, or a return is not finite.
     """
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [n, S]
-    actions = np.zeros((len(envs), *envs[0].action_space.shape), np.float32)  # [n, A]
-    returns = np.zeros(len(envs))
-    running = np.ones(len(envs), bool)
-    tick, threads, spent = 0, 1, 0.0  # spent: the sum over ticks of the seconds that one environment took
-
-    def step(indices):
-        for i in indices:
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+    returns, running = np.zeros(len(envs)), np.ones(len(envs), bool)
+    for step in itertools.count():
+        live = np.flatnonzero(running)
+        if len(live) == 0:
+            break
+        tick()
+        action = np.asarray(act(obs[live]), np.float32)
+        expected = (len(live), *envs[0].action_space.shape)
+        if action.shape != expected:
+            raise RunError(f"the policy gave actions of shape {action.shape}, not {expected}, at step {step}")
+        finite = np.isfinite(action).all(axis=1)
+        if not finite.all():
+            bad = live[~finite][0]
+            raise RunError(f"the policy gave an action that is not finite at step {step} in environment {bad}")
+        for i, a in zip(live, action):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(a)
             returns[i] += reward
             running[i] = not (terminated or truncated)
-
-    with ThreadPoolExecutor(MAX_THREADS) as pool:
-        while running.any():
-            live = np.flatnonzero(running)
-            answer = np.asarray(act(obs[live]))
-            expected = (len(live), *actions.shape[1:])
-            if answer.shape != expected:
-                raise RunError(f"the policy gave actions of shape {answer.shape}, not {expected}, at step {tick}")
-            finite = np.isfinite(answer).all(axis=1)
-            if not finite.all():
-                bad = live[~finite][0]
-                raise RunError(f"the policy gave an action that is not finite at step {tick} in environment {bad}")
-            actions[live] = answer
-            start = time.perf_counter()
-            if threads == 1:
-                step(live)
-            else:
-                list(pool.map(step, np.array_split(live, threads)))
-            spent += (time.perf_counter() - start) / len(live)
-            tick += 1
-            if tick == 50 and spent / tick > THREADS_PAY_SECONDS:
-                threads = min(MAX_THREADS, len(envs))
     broken = np.flatnonzero(~np.isfinite(returns))
     if len(broken):
         raise RunError(f"the simulation broke down: the return of environment {broken[0]} is not finite")
     return returns
 
 
+def evaluate_run(args, Learner):
+    """`--evaluate RUN`: score a saved policy once more, with as many episodes as asked and, with --video, a film."""
+    folder, seed = Path(args.evaluate), evaluation_seed(args.seed[0])
+    dims = load_checkpoint(folder)["dims"]
+    act = load_policy(Learner, type(args), folder, args.device)
+    envs = [make_env(args.env, max_episode_steps=args.max_episode_steps) for _ in range(max(args.eval_episodes, 1))]
+    for what, dim, space in (
+        ("observations", dims["obs_dim"], envs[0].observation_space),
+        ("actions", dims["action_dim"], envs[0].action_space),
+    ):
+        if space.shape != (dim,):
+            raise UserError(f"{folder} cannot act in {args.env}: its {what} have {dim} numbers, not {space.shape[0]}")
+    if args.video:  # first: what it lacks is better known before the episodes
+        film = folder / "video.mp4"
+        value = record_video(act, args.env, film, seed)
+        print(f"video of the first episode (return {value:.1f}): {film}")
+    returns = evaluate(act, envs, seed)
+    text = f"{folder}: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
+    scores = score(args.env, returns)
+    print(text if scores is None else f"{text} | {score_name(args.env)} {np.mean(scores):.1f} ± {np.std(scores):.1f}")
+
+
 def record_video(act, env, path, seed):
     """Film one episode of the environment named `env` into the file `path` (.mp4) and return its raw return."""
-    if importlib.util.find_spec("moviepy") is None:
-        raise RunError("video needs moviepy: pip install moviepy")
+    need("moviepy", "--video")
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # draw without a screen
     film = make_env(env, render_mode="rgb_array")
@@ -1225,6 +1233,13 @@ def record_video(act, env, path, seed):
     return returns[0]
 
 
+def need(package, flag):
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{flag} needs the package {package}: pip install {package}") from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1239,7 +1254,7 @@ class RunArgs:
     seed: tuple[int, ...] = (0,)
     """Random seeds; several train side by side on one copy of the data."""
     steps: int = 1_000_000
-    """Updates of the last phase; other lengths keep the paper's proportion to it unless given."""
+    """Updates of the last phase; what else is counted in updates keeps its proportion to it unless given."""
     batch_size: int = 256
     """Transitions per update."""
     device: str = "auto"
@@ -1248,61 +1263,154 @@ class RunArgs:
     """Updates between evaluations."""
     eval_episodes: int = 10
     """Episodes per evaluation; 0 for none."""
+    max_episode_steps: int = 1_000
+    """Time limit of an evaluation episode where the environment has none."""
     log_every: int = 1_000
     """Updates between rows of metrics.csv."""
     checkpoint_every: int = 10_000
     """Updates between checkpoints."""
     out: str = "runs"
     """Folder for run folders: <out>/<script>/<env>/seed<k>."""
-    resume: bool = False
-    """Continue from the checkpoint in the run folder."""
+    resume: str | None = None
+    """Continue the run in this folder (or all its seeds) with its own settings; a larger --steps lengthens it. Without
+    a folder: the run that the other flags name, if it has a checkpoint."""
     data_path: str | None = None
     """A local D4RL-style .hdf5, an .npz or a Minari folder; --env then names the environment."""
     evaluate: str | None = None
-    """Folder of a finished run: score its policy again instead of training."""
+    """Folder of a run: score its policy again instead of training."""
     video: bool = False
     """With --evaluate: film one episode."""
     wandb: bool = False
-    """Log to Weights & Biases too."""
-    paper_score: tyro.conf.Suppress[float | None] = None
-    """The paper's score on this dataset, from the script's table."""
+    """Log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_RUN_GROUP are heeded."""
+    paper_score: float | None = None  # on this dataset, from the script's table; no flag
+
+
+# What may change when a run is resumed, and what may stand beside --evaluate.
+FREE = {"resume", "seed", "device", "data_path", "wandb"}
+FREE |= {"eval_every", "eval_episodes", "max_episode_steps", "log_every", "checkpoint_every"}
+WITH_EVALUATE = {"evaluate", "video", "env", "seed", "device", "eval_episodes", "max_episode_steps"}
 
 
 def parse_args(Args, settings, check=None, proportional=(), doc=""):
     """The settings of a run: command line, then `settings` (the paper's table), then the defaults of `Args`.
 
+    With --resume or --evaluate: command line, then the settings of that run.
     settings: exact dataset id -> its settings, or a family of built-in data, such as "bandit" or "pendulum-demo".
     check(args, given): the script's own; raises UserError for settings that cannot go together, before anything is
     read. `given` names the fields that stood on the command line.
     proportional: the fields counted in updates that keep their proportion to `steps` when it is given and they are not.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env", nargs="?", default=Args.env, const=Args.env)  # tyro will say that a value is missing
-    early.add_argument("--evaluate", nargs="?")
-    early, rest = early.parse_known_args()
-    if early.env == "help":
+    parser = make_parser(Args, doc)
+    given = read_flags(parser, sys.argv[1:])
+    wants_help, env = given.pop("help", False), given.get("env", Args.env)
+    if env == "help":
         print(list_datasets())
         sys.exit(0)
-    if early.evaluate:
-        table = saved_args(early.evaluate, Args)
+    if given.get("resume") == HERE:
+        resume_here(Args, given)
+    if folder := given.get("evaluate") or given.get("resume"):
+        default, source = saved_run(folder, Args), f"the run in {folder}"
     else:
-        table, relative = find_settings(early.env, settings)
-        if relative and not {"-h", "--help"} & set(rest):
-            print(f"note: no settings for {early.env} in this script; using those of {relative}")
-    default = replace(Args(), **table | dict(env=table["env"] if early.evaluate else early.env))
-    args = call_tyro(Args, default, doc.strip().split("\n\n")[0])
-    given = {token.removeprefix("--").split("=")[0].replace("-", "_") for token in sys.argv[1:] if token[:2] == "--"}
-    given |= {name.removeprefix("no_") for name in given}
-    for field in ("eval_every", "log_every", *proportional):
-        if field not in given and not early.evaluate:
-            length = getattr(default, field) * args.steps / default.steps
-            setattr(args, field, round(length) if field in proportional else max(1, round(length)))
+        table, relative = find_settings(env, settings)
+        default, source = replace(Args(), **table | dict(env=env)), relative or env
+        if relative and not wants_help:
+            print(f"note: no settings for {env} in this script; using those of {relative}")
+    if wants_help:
+        parser.description += f"\n\nThe defaults shown are those of {source}; each --env has its own."
+        parser.set_defaults(**asdict(default))
+        parser.print_help()
+        sys.exit(0)
+
+    args = replace(default, **given)
+    if args.evaluate:
+        useless(given, sorted(given.keys() - WITH_EVALUATE), "with --evaluate")
+    elif args.resume:
+        check_resume(default, args, given)
+    else:
+        for field in ("eval_every", "log_every", *proportional):
+            if field not in given:
+                length = getattr(default, field) * args.steps / default.steps
+                setattr(args, field, round(length) if field in proportional else max(1, round(length)))
     check_args(args)
     if check:
-        check(args, given)
-    if args.device == "cpu" and args.env.startswith((*BUILT_IN, "bandit-")):
+        check(args, set(given))
+    if args.device == "cpu" and built_in(args.env):
         torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much on a busy machine
     return args
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists all settings")
+
+
+HERE = ""  # --resume without a folder
+
+
+def make_parser(Args, doc):
+    """One flag for each field of `Args`, those of the algorithm first. It yields only what is given."""
+    options = dict(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=doc.strip().split("\n\n")[0], formatter_class=HelpFormatter, **options)
+    own, shared = parser.add_argument_group("algorithm"), parser.add_argument_group("run")
+    texts, types = help_texts(Args), get_type_hints(Args)
+    for field in fields(Args):
+        if field.name != "paper_score":
+            options = dict(nargs="?", const=HERE) if field.name == "resume" else {}
+            group = shared if hasattr(RunArgs, field.name) else own
+            options |= flag_type(types[field.name]) | dict(help=texts.get(field.name, " "))
+            group.add_argument("--" + field.name.replace("_", "-"), **options)
+    shared.add_argument("-h", "--help", action="store_true", help="show this")
+    return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """With defaults, and the description as it is."""
+
+
+def flag_type(hint):
+    """How argparse reads a field of this type."""
+    inner = [kind for kind in get_args(hint) if kind not in (type(None), ...)]
+    if hint is bool:
+        return dict(action=argparse.BooleanOptionalAction)
+    if get_origin(hint) is Literal:
+        return dict(choices=inner)
+    kind = inner[0] if inner else hint
+
+    def read(text):
+        return None if text == "None" and type(None) in get_args(hint) else kind(text)
+
+    read.__name__ = kind.__name__  # for argparse's complaints
+    return dict(type=read, metavar=kind.__name__.upper()) | (dict(nargs="+") if get_origin(hint) is tuple else {})
+
+
+def help_texts(Args):
+    """The string below each field, in the source of `Args` and of the classes that it extends."""
+    texts = {}
+    for cls in Args.__mro__[-2::-1]:
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+        except (OSError, TypeError):  # in a notebook
+            continue
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                texts[field.target.id] = " ".join(text.value.value.split()).replace("%", "%%")
+    return texts
+
+
+def read_flags(parser, argv):
+    """Field -> value of what stands on the command line; what is wrong there becomes one sentence."""
+    argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), token) for token in argv]
+    flags = {flag: action for action in parser._actions for flag in action.option_strings}
+    for token, after in zip(argv, [*argv[1:], ""]):
+        flag, _, value = token.partition("=")
+        if flags.get(flag) and flags[flag].nargs == 0 and (value or after.lower() in ("true", "false")):
+            raise UserError(f"{flag} takes no value: write {' or '.join(flags[flag].option_strings)}")
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.7)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        parser.error(f"unknown setting {' '.join(unknown)}{hint}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 
 
 def find_settings(env, settings):
@@ -1312,61 +1420,6 @@ def find_settings(env, settings):
         return settings[max(families, key=len)], None
     relative = nearest_settings(env, settings)
     return {key: value for key, value in settings.get(relative, {}).items() if key != "paper_score"}, relative
-
-
-def built_in(env):
-    """Whether `env` names data made on the spot."""
-    return env in BUILT_IN or env.startswith("bandit-")
-
-
-def at_least(args, low, *names):
-    """Refuse settings below `low`."""
-    for name in names:
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(args, name)}")
-
-
-def at_most(args, high, *names):
-    """Refuse settings above `high`, and what is not a number."""
-    for name in names:
-        if not getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} must be at most {high}, found {getattr(args, name)}")
-
-
-def useless(given, names, where):
-    """Refuse flags on the command line that would do nothing there: `where` completes the sentence."""
-    for name in names:
-        if name in given:
-            raise UserError(f"--{name.replace('_', '-')} does nothing {where}")
-
-
-def list_datasets() -> str:
-    """The text of `--env help`."""
-    names = "\n".join(f"  {name}" for name in (*BUILT_IN, "", *DATASETS))
-    return f"""Built-in data, made here in seconds, then D4RL's, downloaded once:
-{names}
-
-Minari: any id with its version, such as mujoco/hopper/medium-v0 (stored here, or downloaded once).
-Your own file: --data-path FILE (D4RL-style .hdf5, .npz, or a Minari dataset's folder), and --env naming
-  a dataset above or a Gymnasium environment such as Hopper-v4.
-bandit-...: 2-D toy problems that some scripts bring; see the script's --help."""
-
-
-def call_tyro(Args, default, description):
-    """tyro.cli; of a complaint, which it prints in a frame, only the first paragraph and the flag that it suggests."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Args, default=default, description=description)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-    text = re.sub(r"\x1b\[[0-9;]*m|[│╭╮]", "", complaint.getvalue())
-    parts = re.split("[─-]{3,}", text)  # the frame's rules
-    first = parts[1] if len(parts) > 1 else text
-    similar = re.search(r"Perhaps you meant:\s+(--[\w-]+)", text)
-    hint = f" (did you mean {similar[1]}?)" if similar else ""
-    raise UserError(f"{' '.join(first.split()).rstrip('.')}{hint}; --help lists all settings")
 
 
 def nearest_settings(env, settings):
@@ -1381,11 +1434,49 @@ def nearest_settings(env, settings):
     )
 
 
+def built_in(env):
+    """Whether `env` names data made on the spot."""
+    return env in BUILT_IN or env.startswith("bandit-")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def at_least(args, low, *names):
+    """Refuse settings below `low`."""
+    for name in names:
+        if not getattr(args, name) >= low:
+            raise UserError(f"{flag(name)} must be at least {low}, found {getattr(args, name)}")
+
+
+def at_most(args, high, *names):
+    """Refuse settings above `high`."""
+    for name in names:
+        if not getattr(args, name) <= high:
+            raise UserError(f"{flag(name)} must be at most {high}, found {getattr(args, name)}")
+
+
+def useless(given, names, where):
+    """Refuse flags on the command line that would do nothing there: `where` completes the sentence."""
+    for name in names:
+        if name in given:
+            raise UserError(f"{flag(name)} does nothing {where}")
+
+
 def check_args(args):
-    at_least(args, 1, "steps", "batch_size", "eval_every", "log_every", "checkpoint_every")
+    at_least(args, 1, "steps", "batch_size", "eval_every", "log_every", "checkpoint_every", "max_episode_steps")
     at_least(args, 0, "eval_episodes")
-    if not args.seed or len(set(args.seed)) < len(args.seed):
-        raise UserError(f"--seed takes one or more different integers, found {list(args.seed)}")
+    if not args.seed or len(set(args.seed)) < len(args.seed) or not all(0 <= seed < 2**32 for seed in args.seed):
+        raise UserError(f"--seed takes one or more different integers from 0 on, found {' '.join(map(str, args.seed))}")
+    if args.video:
+        if not args.evaluate:
+            raise UserError("--video does nothing without --evaluate RUN")
+        need("moviepy", "--video")
+    if args.wandb and not args.evaluate:
+        need("wandb", "--wandb")
+    if not (args.evaluate or args.resume):
+        check_writable(Path(args.out))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -1394,20 +1485,95 @@ def check_args(args):
         raise UserError(f"--device {args.device} cannot be used here: {reason(error)}") from None
 
 
+def check_writable(out):
+    """Whether folders can be made in `out`, which itself need not be there yet."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
+
+
+def check_resume(saved, args, given):
+    """What a resumed run must keep, and which of its seeds go first."""
+    for name in given.keys() - FREE:
+        was, now = getattr(saved, name), getattr(args, name)
+        if name == "steps" and now < was:
+            raise UserError(f"--steps was {was} in {args.resume}; it can grow, not shrink to {now}")
+        if name != "steps" and was != now:
+            raise UserError(f"{flag(name)} was {was} in {args.resume} and cannot be {now} when it is resumed")
+    folders = run_folders(args.resume)
+    for seed in given.get("seed", ()):
+        if seed not in folders:
+            raise UserError(f"{args.resume} holds no run of seed {seed}")
+    seeds = given.get("seed") or tuple(folders)
+    for seed in seeds:
+        other = saved_run(folders[seed], type(args))
+        args.steps = max(args.steps, other.steps)
+        kept = vars(saved).keys() - FREE - {"steps", "out"}
+        if changed := [name for name in kept if getattr(saved, name) != getattr(other, name)]:
+            raise UserError(f"the seeds in {args.resume} differ in {flag(changed[0])}: resume each on its own")
+    args.seed, ahead = furthest_behind({seed: folders[seed] for seed in seeds})
+    if ahead is not None:
+        print(f"note: seed {' '.join(map(str, args.seed))} first, to update {ahead:,}, where the next seeds stand")
+
+
+def resume_here(Args, given):
+    """--resume without a folder: put in the folder where these flags would start a run, if a checkpoint is there."""
+    given.pop("resume")
+    args = replace(Args(), **given)
+    root = run_root(args, script_of(Args))
+    if any((root / f"seed{seed}" / "checkpoint.pt").exists() for seed in args.seed):
+        given |= dict(resume=str(root), seed=args.seed)
+        given.pop("out", None)
+    else:
+        print(f"note: no checkpoint to resume in {root}; starting from the beginning")
+
+
+def script_of(Args):
+    """The file that `Args` stands in."""
+    return Path(getattr(sys.modules[Args.__module__], "__file__", None) or "notebook.py")
+
+
+def saved_run(folder, Args):
+    """The settings of the run in `folder` (or of the first of its seeds), which must be one of this script."""
+    folder = next(iter(run_folders(folder).values()))
+    script = script_of(Args).name
+    if not (folder / script).exists():
+        raise UserError(f"{folder} is not a run of {script}")
+    return replace(Args(), **saved_args(folder, Args))
+
+
+def list_datasets() -> str:
+    """The text of `--env help`."""
+    names = "\n".join(f"  {name}" for name in (*BUILT_IN, "", *SCENES, "", *DATASETS))
+    return f"""Built-in data and 2-D toy problems, made here in seconds, then D4RL's, downloaded once:
+{names}
+
+Minari: any id with its version, such as mujoco/hopper/medium-v0 (stored here, or downloaded once).
+Your own file: --data-path FILE (D4RL-style .hdf5, .npz, or a Minari dataset's folder), and --env naming
+  a dataset above or a Gymnasium environment such as Hopper-v4."""
+
+
 def cli(main):
     """Run `main`. What a user can mend is one sentence on stderr and an exit code; a bug keeps its traceback."""
     try:
-        main()
+        while True:
+            try:
+                return main()
+            except CaughtUp:  # resumed seeds that were behind now stand where the others do
+                close_runs()
     except UserError as error:
         message, code = str(error), error.code
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
     except torch.OutOfMemoryError as error:
         message, code = f"out of memory, try a smaller --batch-size or fewer seeds: {reason(error)}", 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        message, code = "whoever read the output has gone; --resume continues from the last checkpoint", 1
     except OSError as error:
         message, code = f"{error.strerror or error}: {error.filename or 'while reading or writing files'}", 1
-    else:
-        return
+    finally:
+        close_runs()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -1535,20 +1701,6 @@ def policy_of(learner):
     return act
 
 
-def evaluate_run(args, Learner):
-    """`--evaluate RUN`: score a saved policy once more, with as many episodes as asked and, with --video, a film."""
-    act = load_policy(Learner, type(args), args.evaluate, args.device)
-    envs = [make_env(args.env) for _ in range(max(args.eval_episodes, 1))]
-    returns = evaluate(act, envs, seed=evaluation_seed(args.seed[0]))
-    text = f"{args.evaluate}: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
-    scores = score(args.env, returns)
-    print(text if scores is None else f"{text} | D4RL score {np.mean(scores):.1f} ± {np.std(scores):.1f}")
-    if args.video:
-        film = Path(args.evaluate) / "video.mp4"
-        value = record_video(act, args.env, film, seed=evaluation_seed(args.seed[0]))
-        print(f"video of the first episode (return {value:.1f}): {film}")
-
-
 def capture(learners, phase):
     """A function that performs `learner.<phase>()` for every learner.
 
@@ -1601,213 +1753,199 @@ def take_back(learner, before):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Runs: folders, logs, curves, checkpoints, resume
+# Runs: the loop, then its parts: folder, log, terminal, signals, summary, pictures
 # ----------------------------------------------------------------------------------------------------------------------
 
-FREE_SETTINGS = {"seed", "device", "out", "resume", "data_path", "evaluate", "video", "wandb"}  # may differ on --resume
-FREE_SETTINGS |= {"eval_every", "eval_episodes", "log_every", "checkpoint_every", "paper_score"}
-BOOKS = ("phase", "step", "done", "speed", "seconds")  # what a checkpoint holds of a Run
+BOOKS = ("phase", "step", "done", "owed", "speed", "seconds")  # what a checkpoint holds of a Run
+RUNNING = []  # the runs of this process that are not closed
+
+
+class Stopped(Exception):
+    """A signal came during an evaluation."""
+
+
+class CaughtUp(Exception):
+    """Resumed seeds that were behind stand where the next ones do; all go on together."""
 
 
 class Run:
-    """Keeps the books of one training run with one or more seeds: progress, logs, evaluation, checkpoints, resume.
+    """Keeps the books of one training run with one or more seeds.
 
     learners: one per seed, each with `state` (name -> module, optimiser, generator or tensor: all that a checkpoint
     holds), `generator`, `metrics` (a Metrics) and `act(obs [n, S], generator) -> action [n, A]`.
     protocol: how the paper's score, `args.paper_score`, was measured.
+    phases: name -> updates of all phases in their order.
     """
 
-    def __init__(self, args, learners, data, script, protocol=""):
+    def __init__(self, args, learners, data, script, protocol="", phases=None):
         self.args, self.learners, self.data, self.script = args, learners, data, Path(script)
+        self.protocol, self.phases = protocol, dict(phases or {})
         self.published = None if args.data_path else args.paper_score
-        self.protocol = protocol
-        self.envs = None
-        self.phase, self.step, self.done = "", 0, []  # where the run is; which phases are finished
-        self.speed = {}  # phase -> [updates, seconds spent on them]
-        self.seconds = 0.0
-        self.rows = [[] for _ in learners]  # what stands in metrics.csv
-        self.columns = [{} for _ in learners]  # its header, as the keys of a dict
-        name = args.env.replace("/", "-") + (f"@{Path(args.data_path).stem}" if args.data_path else "")
-        self.root = Path(args.out) / self.script.stem / name
-        self.folders = [self.root / f"seed{seed}" for seed in args.seed]
-        if not (args.resume and self.restore()):
-            self.open_folders()
-        self.writers = [SummaryWriter(str(folder), purge_step=self.step) for folder in self.folders]
-        self.wandb = [start_wandb(args, *seed) for seed in zip(self.folders, args.seed) if args.wandb]
-        self.start, self.drawn = time.monotonic() - self.seconds, time.monotonic()
-        self.stop = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        if self.stop:  # asked twice
-            raise KeyboardInterrupt
-        self.stop = number
-
-    def open_folders(self):
-        """New folders; an earlier run in the same place is moved aside, never overwritten."""
-        args = self.args
-        versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium)}
-        versions |= dict(python=platform.python_version(), mujoco=mujoco.__version__)
-        device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.processor()
-        about = dict(versions=versions, device=device, git=git_commit(self.script))
+        self.phase, self.step, self.done = "", 0, {}  # where the run is; finished phases and their updates
+        self.owed = False  # an evaluation that a signal cut short
+        self.speed, self.seconds = {}, 0.0  # phase -> [updates, seconds spent on them]; seconds in all
+        self.folders, self.logs, self.goal = [], [], None
+        RUNNING.append(self)
+        if args.resume:
+            found = run_folders(args.resume)
+            self.root, paths = next(iter(found.values())).parent, [found[seed] for seed in args.seed]
+            _, self.goal = furthest_behind(found)
+        else:
+            self.root = run_root(args, self.script)
+            paths = [self.root / f"seed{seed}" for seed in args.seed]
+        for path in paths:
+            self.folders.append(Folder(path))
+        self.signals = Signals()
+        self.envs = [data.make_env(max_episode_steps=args.max_episode_steps) for _ in range(args.eval_episodes)]
+        self.learning_rates = {}  # where a run was lengthened: before it goes on
+        if args.resume:
+            self.restore()
+        else:
+            for folder, seed in zip(self.folders, args.seed):
+                folder.begin(self, seed)
         for folder, seed in zip(self.folders, args.seed):
-            if folder.exists():
-                aside = next(p for n in itertools.count(1) if not (p := Path(f"{folder}.old{n}")).exists())
-                folder.rename(aside)
-                print(f"note: the earlier run in {folder} is now {aside} (--resume would have continued it)")
-            folder.mkdir(parents=True)
-            write_text(folder / "args.json", json.dumps(dict(args=asdict(args) | dict(seed=[seed])) | about, indent=2))
-            shutil.copy(self.script, folder)
+            self.logs.append(Log(folder, self.total, start_wandb(self, folder, seed) if args.wandb else None))
+        self.start, self.drawn = time.monotonic() - self.seconds, time.monotonic()
+        self.terminal = Terminal(self)
 
-    def restore(self):
-        """Continue from the checkpoints in the run folders; False if there are none."""
-        found = [(folder / "checkpoint.pt").exists() for folder in self.folders]
-        if not any(found):
-            print(f"note: no checkpoint to resume in {self.root}; starting from the beginning")
-            return False
-        if not all(found):
-            raise UserError(f"{self.folders[found.index(False)]} holds no checkpoint; resume each seed on its own")
-        checkpoints = [load_checkpoint(folder, self.args.device) for folder in self.folders]
-        if len({(c["phase"], c["step"]) for c in checkpoints}) > 1:
-            raise UserError(f"the seeds in {self.root} stand at different updates; resume each seed on its own")
-        for folder, learner, checkpoint in zip(self.folders, self.learners, checkpoints):
-            old = saved_args(folder, type(self.args))
-            changed = [name for name in old.keys() - FREE_SETTINGS if old[name] != getattr(self.args, name)]
-            if changed:
-                were = ", ".join(f"--{name.replace('_', '-')} was {old[name]}" for name in sorted(changed))
-                raise UserError(f"cannot resume {folder} with other settings: {were}; use another --out")
-            set_state(learner.state, checkpoint["learner"])
-        for name in BOOKS:
-            setattr(self, name, checkpoints[0][name])
-        for rows, folder in zip(self.rows, self.folders):  # without what a killed run logged after its checkpoint
-            for row in read_csv(folder / "metrics.csv"):
-                if row["phase"] in self.done or (row["phase"] == self.phase and row["step"] <= self.step):
-                    rows.append(row)
-        print(f"resuming {self.root} at {self.phase} {self.step:,}")
-        return True
+    @property
+    def total(self):
+        """Updates so far, over all phases."""
+        return count_updates(vars(self))
 
-    def updates(self, phase, steps, stride=1, evaluate=False, at_end=None):
+    def updates(self, phase, steps=None, stride=1, evaluate=False, at_end=None):
         """Yield once for every `stride` updates of a phase; in between log, evaluate, save and watch for signals.
 
-        A phase that a resumed run has finished yields nothing. `at_end` is called once, when the phase is complete.
+        What a resumed run has finished yields nothing. `at_end` is called once, when the phase is complete.
         """
-        if phase in self.done:
+        args, steps = self.args, self.phases[phase] if steps is None else steps
+        self.phases[phase] = steps = -(-steps // stride) * stride
+        if self.done.get(phase, -1) >= steps:
             return
         if phase != self.phase:
             self.phase, self.step = phase, 0
-        args, steps = self.args, -(-steps // stride) * stride
-        self.bar = tqdm(total=steps, initial=self.step, desc=phase, unit="update", disable=not sys.stderr.isatty())
-        self.printed, self.clock, self.clock_step = time.monotonic(), time.monotonic(), self.step
-        while self.step < steps:
-            yield
-            before, self.step = self.step, self.step + stride
-            self.bar.update(stride)
-            last = self.step == steps
-            log, evaluating, saving = (
-                last or self.step // every > before // every
-                for every in (args.log_every, args.eval_every, args.checkpoint_every)
-            )
-            evaluating = evaluate and evaluating and args.eval_episodes > 0
-            saving = saving or evaluating or self.stop
-            if log or saving:
-                self.record(steps, evaluating)
-            if last:
+        self.done.pop(phase, None)  # a finished run can be lengthened
+        self.terminal.open(phase, steps)
+        self.restart_clock()
+        while self.owed or self.step < steps:
+            saving = evaluating = self.owed  # a resumed run first makes up for the evaluation that a signal cut short
+            if not self.owed:
+                yield
+                before, self.step = self.step, self.step + stride
+                self.terminal.count(stride)
+                self.tell_learning_rates()
+                due = lambda every, before=before: self.step == steps or self.step // every > before // every
+                self.owed = evaluating = evaluate and bool(self.envs) and due(args.eval_every)
+                saving = evaluating or due(args.checkpoint_every) or self.stopping()
+                if not (saving or due(args.log_every)):
+                    continue
+                self.record()
+            if evaluating:
+                self.evaluate()
+            if self.step == steps and not self.owed:
                 self.complete(phase, at_end)
+            self.terminal.show(evaluating and not self.owed)
             if saving:
                 self.save()
-            if self.stop:
-                self.bar.close()
-                self.draw()
-                print(f"stopped at {phase} {self.step:,} of {steps:,}; --resume continues", file=sys.stderr)
-                sys.exit(128 + self.stop)
-        self.bar.close()
-        if steps == 0:
+            if self.stopping():
+                self.leave()
+            self.restart_clock()
+        self.terminal.close()
+        if phase not in self.done:  # no updates at all
             self.complete(phase, at_end)
 
     def complete(self, phase, at_end):
-        self.done.append(phase)
+        self.done[phase] = self.step
         if at_end:
             at_end()
 
-    def record(self, steps, evaluating):
-        """One row of metrics.csv and TensorBoard per seed, and a line on the terminal."""
-        self.wait()
-        now, count = time.monotonic(), self.step - self.clock_step
-        spent = max(now - self.clock, 1e-9)
-        updates, seconds = self.speed.get(self.phase, (0, 0.0))
-        self.speed[self.phase] = [updates + count, seconds + spent]
-        metrics = [learner.metrics.read() for learner in self.learners]
-        for seed, values in zip(self.args.seed, metrics):
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    raise RunError(
-                        f"{name} became {value} before {self.phase} update {self.step:,} of seed {seed}; "
-                        f"the last checkpoint in {self.root} is from before that"
-                    )
-        for i, values in enumerate(metrics):
-            row = dict(phase=self.phase, step=self.step, seconds=round(now - self.start, 1))
-            row |= dict(updates_per_second=count / spent) | (self.evaluate(i) if evaluating else {}) | values
-            self.write_row(i, row)
-        if evaluating and time.monotonic() - self.drawn > 10:  # seconds: a picture takes about one
-            self.draw()
-        self.show(steps, count / spent, metrics[0], evaluating)
-        self.wait()
-        self.clock, self.clock_step = time.monotonic(), self.step
+    def tell_learning_rates(self):
+        """After the first update of a lengthened run: which rates are other than they were."""
+        if self.learning_rates:
+            for name, lr in learning_rates(self.learners[0]).items():
+                if not math.isclose(lr, self.learning_rates[name], rel_tol=1e-3):
+                    print(f"note: the learning rate of {name} was {self.learning_rates[name]:.3g}, now it is {lr:.3g}")
+            self.learning_rates = {}
+
+    def stopping(self):
+        return self.signals.number or self.total == self.goal
+
+    def leave(self):
+        self.terminal.close()
+        if not self.signals.number:
+            raise CaughtUp
+        self.draw()
+        print(f"stopped at {self.phase} {self.step:,} of {self.phases[self.phase]:,}; --resume {self.place} continues",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(128 + self.signals.number)
+
+    @property
+    def place(self):
+        """Where the files are."""
+        return self.root if len(self.folders) > 1 else self.folders[0].path
 
     def wait(self):
         """Let the streams of all learners come to rest before anything reads or resets what they write."""
         if self.args.device.startswith("cuda"):
             torch.cuda.synchronize(self.args.device)
 
-    def evaluate(self, i):
-        if self.envs is None:
-            self.envs = [self.data.make_env() for _ in range(self.args.eval_episodes)]
-        returns = evaluate(policy_of(self.learners[i]), self.envs, seed=evaluation_seed(self.args.seed[i]))
-        scores = score(self.args.env, returns)
-        row = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
-        return row if scores is None else row | {"score": float(np.mean(scores))}
+    def restart_clock(self):
+        self.wait()
+        self.clock, self.clock_step = time.monotonic(), self.step
 
-    def write_row(self, i, row):
-        path, rows, columns = self.folders[i] / "metrics.csv", self.rows[i], self.columns[i]
-        rows.append(row)
-        if row.keys() <= columns.keys():
-            with open(path, "a", newline="") as file:
-                csv.DictWriter(file, columns).writerow(row)
-        else:  # a new column, or a resumed run: write all rows again, below a longer header
-            columns.update(dict.fromkeys(name for row in rows for name in row))
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(path, text.getvalue())
-        numbers = {f"{self.phase}/{name}": value for name, value in row.items() if name not in ("phase", "step")}
-        for name, value in numbers.items():
-            self.writers[i].add_scalar(name, value, self.step)
-        if self.wandb:
-            self.wandb[i].log(numbers | {f"{self.phase}/step": self.step})
+    def record(self):
+        """One row of the log per seed: the means of its metrics since the last one."""
+        self.wait()
+        count, spent = self.step - self.clock_step, max(time.monotonic() - self.clock, 1e-9)
+        updates, seconds = self.speed.get(self.phase, (0, 0.0))
+        self.speed[self.phase] = [updates + count, seconds + spent]
+        self.seconds = time.monotonic() - self.start
+        metrics = [learner.metrics.read() for learner in self.learners]
+        for seed, values in zip(self.args.seed, metrics):
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    saved = (self.folders[0].path / "checkpoint.pt").exists()
+                    last = f"the last checkpoint in {self.place} is from before that" if saved else "no checkpoint yet"
+                    raise RunError(
+                        f"{name} became {value} before {self.phase} update {self.step:,} of seed {seed}; {last}"
+                    )
+        row = dict(phase=self.phase, step=self.step, total=self.total, seconds=round(self.seconds, 1))
+        for log, values in zip(self.logs, metrics):
+            log.add(row | dict(updates_per_second=count / spent) | values)
+        self.terminal.losses = metrics[0]
 
-    def show(self, steps, rate, metrics, evaluating):
-        latest = [next((row for row in reversed(rows) if "return" in row), None) for rows in self.rows]
-        text = ""
-        if all(latest):
-            text = f"return {np.mean([row['return'] for row in latest]):.1f}"
-            if "score" in latest[0]:
-                text += f", score {np.mean([row['score'] for row in latest]):.1f}"
-        self.bar.set_postfix_str(text)
-        if self.bar.disable and (evaluating or self.step == steps or time.monotonic() - self.printed > 10):
-            self.printed = time.monotonic()
-            left = time.strftime("%H:%M:%S", time.gmtime((steps - self.step) / rate))
-            losses = ", ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4])
-            line = f"{self.phase} {self.step:,}/{steps:,} | {rate:.0f} updates/s, {left} left | {losses}"
-            print(f"{line} | {text}" if text else line, flush=True)
+    def evaluate(self):
+        """Put an evaluation into the last row of every seed's log; a signal drops it."""
+
+        def tick():
+            if self.signals.number:
+                raise Stopped
+            self.terminal.tick()
+
+        begin = time.monotonic()
+        try:
+            found = [
+                evaluate(policy_of(learner), self.envs, evaluation_seed(seed), tick)
+                for learner, seed in zip(self.learners, self.args.seed)
+            ]
+        except Stopped:
+            return
+        self.owed = False
+        self.terminal.evaluation_seconds = time.monotonic() - begin
+        for log, returns in zip(self.logs, found):
+            values = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
+            if (scores := score(self.args.env, returns)) is not None:
+                values |= dict(score=float(np.mean(scores)), score_std=float(np.std(scores)))
+            log.add_evaluation(values)
+        if time.monotonic() - self.drawn > 10:  # seconds: a picture takes about one
+            self.draw()
 
     def save(self):
         """Checkpoints of all seeds: written beside the old ones first, then renamed, so that a kill costs nothing."""
         self.seconds = time.monotonic() - self.start
         dims = {name: getattr(self.data, name) for name in ("obs_dim", "action_dim", "max_action", "fingerprint")}
         books = {name: getattr(self, name) for name in BOOKS} | dict(dims=dims)
-        parts = [folder / "checkpoint.pt.part" for folder in self.folders]
+        parts = [folder.path / "checkpoint.pt.part" for folder in self.folders]
         try:
             for part, learner in zip(parts, self.learners):
                 torch.save(books | dict(learner=get_state(learner.state)), part)
@@ -1817,70 +1955,445 @@ class Run:
             raise RunError(
                 f"no checkpoint could be written in {self.root} (disk full?): {reason(error)}; older ones are kept"
             ) from None
-        for part in parts:
+        for log, part in zip(self.logs, parts):
+            log.flush()
             part.replace(part.with_suffix(""))
+
+    def restore(self):
+        """Continue each seed from its checkpoint; from the beginning where there is none yet."""
+        for folder, learner, seed in zip(self.folders, self.learners, self.args.seed):
+            was = folder.about["args"]["steps"]
+            folder.resume(self, seed)
+            if (folder.path / "checkpoint.pt").exists():
+                checkpoint = load_checkpoint(folder.path, self.args.device)
+                set_state(learner.state, checkpoint["learner"])
+                for name in BOOKS:
+                    setattr(self, name, checkpoint[name])
+        print(f"resuming {self.place} at {self.phase or 'its beginning'} {self.step:,}")
+        if was < self.args.steps:
+            print(f"note: {self.args.steps:,} updates instead of {was:,}; schedules over --steps end there now")
+            self.learning_rates = learning_rates(self.learners[0])
 
     def draw(self):
         """From the first evaluation on: curve.png of each seed and, with several, one with their mean and band."""
         self.drawn = time.monotonic()
-        if not any("return" in row for row in self.rows[0]):
+        if not any("return" in row for row in self.logs[0].rows):
             return
-        for folder, rows in zip(self.folders, self.rows):
-            draw_curve(folder / "curve.png", [rows], self)
-        if len(self.folders) > 1:
-            draw_curve(self.root / "curve.png", self.rows, self)
+        for log, seed in zip(self.logs, self.args.seed):
+            draw_curve(log.folder / "curve.png", [log.rows], self, f"seed {seed}")
+        if len(self.logs) > 1:
+            draw_curve(self.root / "curve.png", [log.rows for log in self.logs], self, f"{len(self.logs)} seeds")
 
     def finish(self):
-        """summary.json of each seed (and of all), the last curve, and the closing lines."""
+        """summary.json of each seed (and of all), the last pictures, and the closing lines."""
         self.seconds = time.monotonic() - self.start
-        summaries = [self.summarise(rows, seed) for rows, seed in zip(self.rows, self.args.seed)]
+        summaries = [summarise(self, log.rows, seed) for log, seed in zip(self.logs, self.args.seed)]
         for folder, summary in zip(self.folders, summaries):
-            write_text(folder / "summary.json", json.dumps(summary, indent=2))
-        self.draw()
+            write_text(folder.path / "summary.json", json.dumps(summary, indent=2))
         if len(summaries) > 1:
             write_text(self.root / "summary.json", json.dumps(across_seeds(summaries), indent=2))
-        print_summary(summaries)
-        behavior = self.data.episode_returns
-        if len(behavior):
-            mean, best = np.mean(behavior), np.max(behavior)
-            print(f"data        return {mean:.1f} on average over {len(behavior)} episodes, best {best:.1f}")
-        if self.published is not None:
-            print(f"paper       score {self.published} ({self.protocol})")
-        rates = ", ".join(f"{phase} {rate:.0f}" for phase, rate in self.rates().items())
-        print(f"speed       {rates} updates/s; {self.seconds / 60:.1f} minutes in all")
-        print(f"files       {self.root if len(summaries) > 1 else self.folders[0]}")
-        for writer in self.writers:
-            writer.close()
-        for run in self.wandb:
-            run.finish()
-
-    def summarise(self, rows, seed):
-        args, evaluated = self.args, [row for row in rows if "return" in row]
-        summary = dict(script=self.script.name, env=args.env, data_path=args.data_path, seed=seed, steps=args.steps)
-        for key in ("return", "score"):
-            values = [row[key] for row in evaluated if key in row]
-            if values:
-                summary[key] = dict(last=values[-1], last_five=float(np.mean(values[-5:])), best=max(values))
-        summary |= dict(evaluations=len(evaluated), episodes=args.eval_episodes, paper_score=self.published)
-        summary |= dict(protocol=self.protocol, updates_per_second=self.rates())
-        return summary | dict(seconds=self.seconds, device=args.device)
+        self.draw()
+        if self.args.env.startswith("bandit-"):
+            for folder, learner, seed in zip(self.folders, self.learners, self.args.seed):
+                draw_bandit(folder.path / "bandit.png", learner, self, seed)
+        print_summary(self, summaries)
+        self.close()
 
     def rates(self):
         """Updates per second of each phase."""
         return {phase: updates / max(seconds, 1e-9) for phase, (updates, seconds) in self.speed.items()}
 
+    def close(self):
+        """Give back what the run holds: bar, log files, signal handlers, locks."""
+        if self in RUNNING:
+            RUNNING.remove(self)
+            for part in (getattr(self, "terminal", None), *self.logs, getattr(self, "signals", None), *self.folders):
+                if part:
+                    part.close()
 
-def print_summary(summaries):
-    """The closing lines: for each seed its last evaluation, the mean of its last five and its best; then their mean."""
+
+def close_runs():
+    for run in list(RUNNING):
+        run.close()
+
+
+def learning_rates(learner):
+    """Name -> rate of each optimiser."""
+    opts = {name: part for name, part in learner.state.items() if isinstance(part, torch.optim.Optimizer)}
+    return {name: float(opt.param_groups[0]["lr"]) for name, opt in opts.items()}
+
+
+def count_updates(books):
+    """Updates over all phases, of a Run or of a checkpoint."""
+    return sum(books["done"].values()) + (0 if books["phase"] in books["done"] else books["step"])
+
+
+# Folders
+
+
+def run_root(args, script):
+    """The folder of a new run; that of its seeds is in it."""
+    name = args.env.replace("/", "-") + (f"@{Path(args.data_path).stem}" if args.data_path else "")
+    return Path(args.out) / script.stem / name
+
+
+def run_folders(folder):
+    """Seed -> folder: of one run, or of all seeds in `folder`."""
+    folder = Path(folder)
+    seeds = [path for path in folder.glob("seed*") if path.name[4:].isdigit() and (path / "args.json").exists()]
+    found = {saved_args(path, RunArgs)["seed"][0]: path for path in seeds or [folder]}
+    return dict(sorted(found.items()))
+
+
+def furthest_behind(folders):
+    """Of these seeds those with the fewest updates, and the count at which the next ones stand, None if none do."""
+    counts = {}
+    for seed, folder in folders.items():
+        there = (folder / "checkpoint.pt").exists()
+        counts[seed] = count_updates(load_checkpoint(folder)) if there else 0
+    least, *more = sorted(set(counts.values()))
+    return tuple(seed for seed in counts if counts[seed] == least), more[0] if more else None
+
+
+class Folder:
+    """The folder of one seed, under a lock for as long as the run lives; that of a killed process vanishes with it."""
+
+    def __init__(self, path):
+        self.path, self.lock = path, FileLock(f"{path}.lock", thread_local=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            try:
+                holder = "process {pid} on {host} since {since}".format(**self.about["process"])
+            except (OSError, ValueError, KeyError):
+                holder = "another process"
+            raise UserError(f"{path} is in use by {holder}: wait for its end, or choose another --out") from None
+
+    @property
+    def about(self):
+        return json.loads((self.path / "args.json").read_text())
+
+    def begin(self, run, seed):
+        """A new folder; an earlier run in the same place is moved aside, never overwritten."""
+        if self.path.exists():
+            aside = next(p for n in itertools.count(1) if not (p := Path(f"{self.path}.old{n}")).exists())
+            self.path.rename(aside)
+            print(f"note: the earlier run in {self.path} is now {aside} (--resume {self.path} would have continued it)")
+        self.path.mkdir()
+        versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium, mujoco)}
+        versions |= dict(python=platform.python_version())
+        cuda = run.args.device.startswith("cuda")
+        self.write(
+            run, seed, data=run.data.fingerprint, versions=versions, processor=processor(),
+            device=torch.cuda.get_device_name(run.args.device) if cuda else "cpu", git=git_state(run.script),
+            started=now(), wandb=os.urandom(4).hex(),
+        )  # fmt: skip
+        for file in (run.script, Path(__file__)):
+            shutil.copy(file, self.path)
+
+    def resume(self, run, seed):
+        about = self.about
+        if about.get("data") != run.data.fingerprint:
+            raise UserError(f"the data are not those that {self.path} was trained on: it cannot be resumed with them")
+        self.write(run, seed, **about | dict(resumed=[*about.get("resumed", []), now()]))
+
+    def write(self, run, seed, **about):
+        args = asdict(run.args) | dict(seed=[seed], resume=None)
+        about |= dict(args=args, process=dict(pid=os.getpid(), host=platform.node(), since=now()))
+        write_text(self.path / "args.json", json.dumps(about, indent=2))
+
+    def close(self):
+        self.lock.release()
+
+
+def now():
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def processor():
+    """Name of the CPU."""
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor()
+
+
+def git_state(script):
+    """The commit that `script` stands in, and whether files have changed since; None outside a repository."""
+    git = ["git", "-C", str(script.resolve().parent)]
+    try:
+        commit, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except OSError:  # no git here
+        return None
+    return dict(commit=commit, dirty=bool(changes)) if commit else None
+
+
+def write_text(path, text):
+    """Write a whole file or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+# Log
+
+
+class Log:
+    """What one seed writes on its way: metrics.csv, TensorBoard and, if asked, W&B, over the updates of all phases."""
+
+    def __init__(self, folder, total, wandb=None):
+        """total: of the checkpoint, 0 for a new run; what a killed run logged after it is left out."""
+        self.folder, self.path, self.wandb = folder.path, folder.path / "metrics.csv", wandb
+        self.rows, self.columns = [row for row in read_csv(self.path) if row["total"] <= total], {}
+        self.board = SummaryWriter(str(self.folder), purge_step=total + 1 if total else None)
+
+    def add(self, row):
+        self.rows.append(row)
+        if row.keys() <= self.columns.keys():
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        else:
+            self.write()
+        self.send(row["phase"], row)
+
+    def add_evaluation(self, values):
+        """Complete the last row."""
+        self.rows[-1] |= values
+        self.write()
+        self.send("eval", values)
+
+    def write(self):
+        """All rows again, below a header with all columns."""
+        self.columns = dict.fromkeys(name for row in self.rows for name in row)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+
+    def send(self, group, values):
+        total = self.rows[-1]["total"]
+        values = {f"{group}/{name}": value for name, value in values.items() if name not in ("phase", "step", "total")}
+        for name, value in values.items():
+            self.board.add_scalar(name, value, total)
+        if self.wandb:
+            self.wandb.log(values | dict(total=total))
+
+    def flush(self):
+        self.board.flush()
+
+    def close(self):
+        with contextlib.suppress(OSError):  # a full disk has been told
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_csv(path):
+    """Rows of a metrics.csv: phase as text, counts as ints, all else as floats; empty cells left out."""
+    if not path.exists():
+        return []
+    kinds = dict(phase=str, step=int, total=int)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: kinds.get(name, float)(text) for name, text in row.items() if text} for row in rows]
+
+
+def start_wandb(run, folder, seed):
+    """A run of Weights & Biases, the same one again after a resume; its own environment variables choose the rest."""
+    import wandb
+
+    name = f"{run.script.stem} {run.args.env}"
+    board = wandb.init(
+        id=folder.about["wandb"], resume="allow", name=f"{name} seed {seed}", dir=folder.path, reinit="create_new",
+        project=os.environ.get("WANDB_PROJECT", "offline-rl"), group=os.environ.get("WANDB_RUN_GROUP", name),
+        config=asdict(run.args) | dict(seed=seed),
+    )  # fmt: skip
+    board.define_metric("*", step_metric="total")
+    return board
+
+
+# Terminal
+
+
+class Terminal:
+    """What a run says: a block at its start, then a progress bar or, without a terminal, a line now and then."""
+
+    def __init__(self, run):
+        self.run, self.bar, self.losses = run, None, {}
+        self.rate = None  # updates per second of the first hundred updates
+        self.first = self.counted = 0  # when they began; updates since
+        self.evaluation_seconds = 0.0
+        self.printed = self.ticked = time.monotonic()
+        args, data = run.args, run.data
+        mean = f", mean return {np.mean(data.episode_returns):.1f}" if len(data.episode_returns) else ""
+        device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else processor()
+        limit = next((env.assumed_limit for env in run.envs), None)
+        for name, text in (
+            ("algorithm", ast.get_docstring(ast.parse(run.script.read_text())).split("\n")[0]),
+            ("data", f"{args.env}: {len(data):,} rows, {len(data.episode_returns):,} episodes{mean}"),
+            ("device", f"{args.device} ({device})"),
+            ("phases", ", ".join(f"{phase} {steps:,} updates" for phase, steps in run.phases.items())),
+            ("episodes", limit and f"{limit:,} steps at most (--max-episode-steps): {args.env} has no time limit"),
+            ("files", run.place),
+        ):
+            if text:
+                print(f"{name:<11} {text}", flush=True)
+
+    def open(self, phase, steps):
+        names = list(self.run.phases)
+        self.name = f"{phase} ({names.index(phase) + 1} of {len(names)})"
+        self.bar = Bar(self, total=steps, initial=self.run.step, desc=self.name)
+
+    def count(self, stride):
+        """One call of an update; after a hundred (the first, which is slow on a GPU, left out) the estimate."""
+        self.bar.update(stride)
+        self.counted += stride
+        if self.rate is None and (self.counted == stride or self.counted >= 100 + stride):
+            self.run.wait()
+            if self.counted == stride:
+                self.first = time.monotonic()
+            else:
+                self.rate = (self.counted - stride) / (time.monotonic() - self.first)
+                self.estimate()
+
+    def estimate(self):
+        left = self.seconds_left()
+        self.line(f"{'time':<11} about {duration(left)}, evaluations not counted")
+        if self.run.args.device == "cpu" and left > 3 * 3600:
+            warn(f"this takes about {duration(left)} on a CPU; --steps N is a whole run of a smaller size")
+
+    def seconds_left(self):
+        """Of the whole run; a phase that is still to come is taken to be as fast as this one."""
+        run, rates, steps = self.run, self.run.rates(), 0
+        seconds, rate = 0.0, rates.get(run.phase, self.rate) or math.inf
+        for phase in [phase for phase in run.phases if phase not in run.done]:
+            steps = run.phases[phase] - (run.step if phase == run.phase else 0)
+            seconds += steps / rates.get(phase, rate)
+        return seconds + steps // run.args.eval_every * self.evaluation_seconds  # the last phase has evaluations
+
+    def tick(self):
+        """The bar goes on while an evaluation lasts."""
+        if not self.bar.disable and time.monotonic() - self.ticked > 0.5:
+            self.ticked = time.monotonic()
+            self.bar.set_description_str(f"{self.name}, evaluating")
+
+    def show(self, evaluated):
+        """After a row of the log: a line if there was an evaluation; without a terminal every ten seconds too."""
+        run = self.run
+        latest = [next((row for row in reversed(log.rows) if "return" in row), None) for log in run.logs]
+        text = ""
+        if all(latest):
+            mean = lambda key: f"{key} {np.mean([row[key] for row in latest]):.1f}"
+            text = mean("return") + (f", {mean('score')}" if "score" in latest[0] else "")
+        self.bar.set_description_str(self.name, refresh=False)
+        self.bar.set_postfix_str(text)
+        steps = run.phases[run.phase]
+        if evaluated or (self.bar.disable and (run.step == steps or time.monotonic() - self.printed > 10)):
+            self.printed = time.monotonic()
+            losses = ", ".join(f"{name} {value:.3g}" for name, value in list(self.losses.items())[:4])
+            line = f"{run.phase} {run.step:,}/{steps:,} | {run.rates()[run.phase]:.0f} updates/s"
+            line += f", {duration(self.seconds_left())} left"
+            self.line(" | ".join(part for part in (line, losses, text) if part))
+
+    def line(self, text):
+        """Above the bar."""
+        with tqdm.external_write_mode(sys.stdout):
+            print(text, flush=True)
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+
+
+class Bar(tqdm):
+    """A progress bar of one phase that tells the time left of the whole run."""
+
+    def __init__(self, terminal, **options):
+        self.terminal = terminal
+        bar = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {left} left{postfix}"
+        super().__init__(bar_format=bar, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
+
+    @property
+    def format_dict(self):
+        return super().format_dict | dict(left=duration(self.terminal.seconds_left()))
+
+
+def duration(seconds):
+    """Rounded, in its natural unit: 40 s, 12 min, 5.2 h, 3.1 days."""
+    for unit, name in ((86400, "days"), (3600, "h")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+# Signals
+
+
+class Signals:
+    """Notes the first signal that asks the run to end; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.number, self.before = None, {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # SIGUSR1: SLURM's warning; Windows lacks the last two
+            number = getattr(signal, name, None)
+            nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN if number else True
+            if not nohup and threading.current_thread() is threading.main_thread():  # others may not set handlers
+                self.before[number] = signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = self.number or number
+
+    def close(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+
+# Summary
+
+
+def summarise(run, rows, seed):
+    args, evaluated = run.args, [row for row in rows if "return" in row]
+    summary = dict(script=run.script.name, env=args.env, data_path=args.data_path, seed=seed, steps=args.steps)
+    for key in ("return", "score"):
+        values = [row[key] for row in evaluated if key in row]
+        if values:
+            summary[key] = dict(last=values[-1], last_five=float(np.mean(values[-5:])), best=max(values))
+    summary |= dict(evaluations=len(evaluated), episodes=args.eval_episodes, paper_score=run.published)
+    summary |= dict(protocol=run.protocol, updates_per_second=run.rates())
+    return summary | dict(seconds=run.seconds, device=args.device)
+
+
+def print_summary(run, summaries):
+    """The closing lines: last evaluation, mean of the last five, best; data and paper; speed, pictures, files."""
     for when, title in (("last", "last"), ("last_five", "last five"), ("best", "best")):
         for key in ("return", "score"):
             if key in summaries[0]:
                 values = [summary[key][when] for summary in summaries]
-                text = f"{title:<11} {key if key == 'return' else 'D4RL score'} {np.mean(values):.1f}"
+                text = f"{title:<11} {key if key == 'return' else score_name(run.args.env)} {np.mean(values):.1f}"
                 if len(values) > 1:
                     each = ", ".join(f"{value:.1f}" for value in values)
                     text += f" ± {np.std(values, ddof=1):.1f} over {len(values)} seeds ({each})"
                 print(text)
+    behavior = run.data.episode_returns
+    if len(behavior):
+        mean, best = np.mean(behavior), np.max(behavior)
+        print(f"data        return {mean:.1f} on average over {len(behavior)} episodes, best {best:.1f}")
+    if run.published is not None:
+        print(f"paper       score {run.published} ({run.protocol})")
+    rates = ", ".join(f"{phase} {rate:.0f}" for phase, rate in run.rates().items())
+    print(f"speed       {rates} updates/s; {duration(run.seconds)} in all")
+    pictures = sorted({path.name for folder in run.folders for path in folder.path.glob("*.png")})
+    if pictures:
+        print(f"pictures    {', '.join(pictures)}")
+    print(f"files       {run.place}")
 
 
 def across_seeds(summaries):
@@ -1906,34 +2419,57 @@ def interquartile_mean(values):
     return float(np.sort(values)[cut : len(values) - cut].mean())
 
 
-def draw_curve(path, rows_of_seeds, run):
-    """Score over updates, with the data's and the paper's level, beside the losses; a line per seed and their mean."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+# Pictures
+
+
+def draw_curve(path, rows_of_seeds, run, who):
+    """Score over updates, with the data's and the paper's level, beside the losses; all phases on one axis."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(f"{run.script.stem} on {run.root.name}, {who}")
     left, right = figure.subplots(1, 2)
     key = "score" if any("score" in row for row in rows_of_seeds[0]) else "return"
-    curves = [[(row["step"], row[key]) for row in rows if key in row] for rows in rows_of_seeds]
-    for i, curve in enumerate(curves):
-        left.plot(*zip(*curve), ".-", color="C0", alpha=1 if len(curves) == 1 else 0.3, label=None if i else "one seed")
+    curves = [[(row["total"], row[key], row[f"{key}_std"]) for row in rows if key in row] for rows in rows_of_seeds]
+    total, values, spread = np.array(curves).transpose(2, 0, 1)  # [seeds, evaluations]
+    mean, band, over = values.mean(0), spread[0], "episodes"
     if len(curves) > 1:
-        values = np.array([[value for _, value in curve] for curve in curves])
-        steps, mean, std = [step for step, _ in curves[0]], values.mean(0), values.std(0, ddof=1)
-        left.plot(steps, mean, color="C0", label=f"mean of {len(curves)} seeds")
-        left.fill_between(steps, mean - std, mean + std, color="C0", alpha=0.2, label="± one standard deviation")
+        band, over = values.std(0, ddof=1), "seeds"
+        left.plot(total.T, values.T, color="C0", alpha=0.3)
+    left.plot(total[0], mean, ".-", color="C0", label="mean of the seeds" if len(curves) > 1 else "policy")
+    left.fill_between(total[0], mean - band, mean + band, color="C0", alpha=0.2, label=f"± one deviation over {over}")
     if len(run.data.episode_returns):
         behavior = run.data.episode_returns if key == "return" else score(run.args.env, run.data.episode_returns)
-        left.axhline(np.mean(behavior), color="grey", linestyle="--", label="behaviour in the data")
+        left.axhline(np.mean(behavior), color="grey", linestyle="--", label="mean of the data")
     if run.published is not None and key == "score":
         left.axhline(float(str(run.published).split()[0]), color="C3", linestyle=":", label="paper")
-    updates = f"updates (phase: {run.phase})"
-    left.set(xlabel=updates, ylabel="D4RL score" if key == "score" else "return", title=run.root.name)
-    left.legend(fontsize=8)
+    left.set(title=score_name(run.args.env) if key == "score" else key)
     for name in dict.fromkeys(name for row in rows_of_seeds[0] for name in row if name.endswith("_loss")):
-        points = [(row["step"], row[name]) for row in rows_of_seeds[0] if row["phase"] == run.phase and name in row]
-        if points:
-            right.plot(*zip(*points), label=name)
-    right.set(xlabel=updates, title="losses", yscale="symlog")
-    right.legend(fontsize=8)
+        right.plot(*zip(*[(row["total"], row[name]) for row in rows_of_seeds[0] if name in row]), label=name)
+    right.set(title="losses", yscale="symlog")
+    ends = np.cumsum([run.phases[phase] for phase in run.phases])
+    for axes in (left, right):
+        axes.set(xlabel=f"updates ({', then '.join(run.phases)})", xlim=(0, None))
+        axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        for end in ends[:-1]:
+            axes.axvline(end, color="black", linewidth=0.5)
     figure.savefig(path, dpi=100)
+
+
+def draw_bandit(path, learner, run, seed):
+    """The data of a 2-D scene, coloured by reward, and 1,000 actions of the policy."""
+    act, obs = policy_of(learner), np.zeros((50, run.data.obs_dim), np.float32)
+    action = np.concatenate([act(obs) for _ in range(20)])
+    own = {name: value for name, value in vars(run.args).items() if not hasattr(RunArgs, name)}
+    changed = ", ".join(f"{name} {value}" for name, value in own.items() if value != getattr(type(run.args), name))
+    title = f"{run.script.stem} on {run.args.env}, seed {seed}\n{textwrap.fill(changed, 70)}"
+
+    def draw(axes):
+        points = axes.scatter(*run.data.action.cpu().T, c=run.data.reward.cpu(), s=2, cmap="viridis")
+        axes.figure.colorbar(points, label="reward", shrink=0.7)
+        axes.scatter(*action.T, c="red", s=2)
+        axes.set(aspect="equal", xlabel="actions of the data, coloured; of the policy, red")
+        axes.set_title(title, fontsize=8)
+
+    save_figure(path, draw, size=6)
 
 
 def save_figure(path, *draw, size=4.5):
@@ -1943,39 +2479,3 @@ def save_figure(path, *draw, size=4.5):
     for panel, function in zip(axes[0], draw):
         function(panel)
     figure.savefig(path, dpi=100, bbox_inches="tight")  # equal axes would else lose their titles
-
-
-def read_csv(path):
-    """Rows of a metrics.csv with the phase as text, the step as an int, all else as floats; empty cells left out."""
-    if not path.exists():
-        return []
-    kinds = dict(phase=str, step=lambda text: int(float(text)))
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: kinds.get(name, float)(text) for name, text in row.items() if text} for row in rows]
-
-
-def write_text(path, text):
-    """Write a whole file or nothing."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def git_commit(script):
-    """The commit that `script` stands in, None outside a repository."""
-    command = ["git", "-C", str(script.resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git here
-        return None
-
-
-def start_wandb(args, folder, seed):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the wandb package: pip install wandb") from None
-    name = f"{folder.parent.parent.name} {args.env} seed {seed}"
-    settings = asdict(args) | dict(seed=seed)
-    return wandb.init(project="offline-rl", name=name, dir=folder, config=settings, reinit="create_new")
