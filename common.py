@@ -1349,8 +1349,10 @@ HERE = ""  # --resume without a folder
 
 def make_parser(Args, doc):
     """One flag for each field of `Args`, those of the algorithm first. It yields only what is given."""
-    options = dict(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser = Parser(description=doc.strip().split("\n\n")[0], formatter_class=HelpFormatter, **options)
+    parser = Parser(
+        usage="%(prog)s [settings]", description=doc.strip().split("\n\n")[0], formatter_class=HelpFormatter,
+        argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
+    )  # fmt: skip
     own, shared = parser.add_argument_group("algorithm"), parser.add_argument_group("run")
     texts, types = help_texts(Args), get_type_hints(Args)
     for field in fields(Args):
@@ -1905,10 +1907,8 @@ class Run:
             for name, value in values.items():
                 if not math.isfinite(value):
                     saved = (self.folders[0].path / "checkpoint.pt").exists()
-                    last = f"the last checkpoint in {self.place} is from before that" if saved else "no checkpoint yet"
-                    raise RunError(
-                        f"{name} became {value} before {self.phase} update {self.step:,} of seed {seed}; {last}"
-                    )
+                    rest = f"the last checkpoint in {self.place} is from before that" if saved else "no checkpoint yet"
+                    raise RunError(f"{name} became {value} by {self.phase} update {self.step:,} of seed {seed}; {rest}")
         row = dict(phase=self.phase, step=self.step, total=self.total, seconds=round(self.seconds, 1))
         for log, values in zip(self.logs, metrics):
             log.add(row | dict(updates_per_second=count / spent) | values)
@@ -1969,7 +1969,7 @@ class Run:
                 set_state(learner.state, checkpoint["learner"])
                 for name in BOOKS:
                     setattr(self, name, checkpoint[name])
-        print(f"resuming {self.place} at {self.phase or 'its beginning'} {self.step:,}")
+        print(f"resuming {self.place} {f'at {self.phase} {self.step:,}' if self.phase else 'from its beginning'}")
         if was < self.args.steps:
             print(f"note: {self.args.steps:,} updates instead of {was:,}; schedules over --steps end there now")
             self.learning_rates = learning_rates(self.learners[0])

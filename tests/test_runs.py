@@ -1,29 +1,32 @@
 """Command line, logs, checkpoints, signals and errors of common.Run, on a learner that costs nothing."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
 import common
-from common import Metrics, Run, RunError, UserError, parse_args
+from common import Metrics, Run, RunArgs, RunError, UserError, parse_args
 
 ROOT = Path(__file__).parents[1]
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     env: str = "pendulum-demo-medium"
-    seed: tuple[int, ...] = (0,)
     steps: int = 100
     batch_size: int = 4
     device: str = "cpu"
@@ -31,14 +34,16 @@ class Args:
     eval_episodes: int = 0
     log_every: int = 10
     checkpoint_every: int = 20
-    out: str = "runs"
-    resume: bool = False
-    data_path: str | None = None
-    evaluate: str | None = None
-    video: bool = False
-    wandb: bool = False
     head_start: int = 10
+    """Updates before
+    the first."""
     lr: float = 1.0
+    """Learning rate, 100 % of it."""
+    lr_decay: bool = False
+    """Whether it decays."""
+    mode: Literal["soft", "hard"] = "soft"
+    weights: tuple[float, ...] = (1.0, 2.0)
+    bound: float | None = None
 
 
 class Counter:
@@ -59,17 +64,33 @@ class Counter:
         return torch.zeros(len(obs), 1)
 
 
-def data():
-    dims = dict(obs_dim=3, action_dim=1, max_action=1.0)
-    return SimpleNamespace(
-        **dims, episode_returns=np.array([-3.0, -1.0]), make_env=lambda: common.make_env("pendulum-demo-medium")
-    )
+class Data(SimpleNamespace):
+    """What a Run reads of a Dataset."""
+
+    obs_dim, action_dim, max_action, fingerprint = 3, 1, 1.0, "abc"
+    episode_returns = np.array([-3.0, -1.0])
+
+    def __len__(self):
+        return 9
+
+    def make_env(self, max_episode_steps):
+        return common.make_env("pendulum-demo-medium", max_episode_steps=max_episode_steps)
 
 
-def make_run(tmp_path, learners=None, **settings):
+def make_run(tmp_path, data=None, phases=None, **settings):
+    """A new run; one before it in this process is over."""
+    common.close_runs()
     args = Args(out=str(tmp_path), **settings)
-    learners = learners or [Counter(args, None, seed) for seed in args.seed]
-    return Run(args, learners, data(), __file__), learners
+    learners = [Counter(args, None, seed) for seed in args.seed]
+    return Run(args, learners, data or Data(), __file__, "", phases), learners
+
+
+def resumed(monkeypatch, *flags, data=None, phases=None):
+    """A run that continues as the command line says."""
+    common.close_runs()
+    args = parsed(monkeypatch, *flags)
+    learners = [Counter(args, None, seed) for seed in args.seed]
+    return Run(args, learners, data or Data(), __file__, "", phases), learners
 
 
 def train(run, learners, steps=100, phase="update", **options):
@@ -79,11 +100,12 @@ def train(run, learners, steps=100, phase="update", **options):
 
 
 @pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def close_runs():
+    """Signal handlers and locks are given back."""
+    before = signal.getsignal(signal.SIGTERM)
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    common.close_runs()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 SETTINGS = {
@@ -94,12 +116,14 @@ SETTINGS = {
 
 
 def parsed(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["x.py", "--device", "cpu", *flags])
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, flags)])
     return parse_args(Args, SETTINGS, proportional=("head_start",))
 
 
 def test_lengths_keep_their_proportion_to_steps(monkeypatch):
     assert parsed(monkeypatch, "--env", "hopper-medium-v2").head_start == 100
+    args = parsed(monkeypatch, "--env", "hopper-medium-v2", "--steps", "200")
+    assert (args.eval_every, args.log_every) == (10, 2)  # as many evaluations and rows as the whole run
     args = parsed(monkeypatch, "--env=hopper-medium-v2", "--steps", "50")
     assert (args.steps, args.head_start, args.lr) == (50, 5, 0.5)
     args = parsed(monkeypatch, "--env", "hopper-medium-v2", "--steps", "50", "--head-start=7")
@@ -116,44 +140,77 @@ def test_an_unlisted_env_gets_its_nearest_relative_and_says_so(monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    "flags", [["--steps", "0"], ["--batch-size", "-1"], ["--seed", "1", "1"], ["--device", "tpu9"]]
-)
-def test_bad_settings_are_refused(monkeypatch, flags):
-    with pytest.raises(UserError):
-        parsed(monkeypatch, *flags)
-
-
-@pytest.mark.parametrize(
     "flags, words",
     [
-        ("--nonsense 3", "Unrecognized options: --nonsense"),
-        ("--stesp 3", "--stesp, 3 (did you mean --steps?)"),
-        ("--steps abc", "--steps: invalid literal for int() with base 10: 'abc'"),
-        ("--steps", "Missing value for argument '--steps'"),
-        ("--env", "Missing value for argument '--env'"),
-        ("--video --evaluate", "Missing value for argument '--evaluate'"),
-        ("3", "Unrecognized options: 3"),
+        ("--steps 0", "--steps must be at least 1, found 0"),
+        ("--batch-size -1", "--batch-size must be at least 1"),
+        ("--max-episode-steps 0", "--max-episode-steps must be at least 1"),
+        ("--seed 1 1", "different integers from 0 on, found 1 1"),
+        ("--seed -1", "from 0 on, found -1"),
+        ("--seed 99999999999", "from 0 on"),
+        ("--device tpu9", "--device tpu9 cannot be used here"),
+        ("--nonsense 3", "unknown setting --nonsense 3; --help"),
+        ("--stesp 3", "unknown setting --stesp 3 (did you mean --steps?)"),
+        ("--steps abc", "--steps: invalid int value: 'abc'"),
+        ("--bound abc", "--bound: invalid float value: 'abc'"),
+        ("--steps", "--steps: expected one argument"),
+        ("--env", "--env: expected one argument"),
+        ("--video --evaluate", "--evaluate: expected one argument"),
+        ("--mode medium", "invalid choice: 'medium'"),
+        ("3", "unknown setting 3"),
+        ("--lr-decay True", "--lr-decay takes no value: write --lr-decay or --no-lr-decay"),
+        ("--no-lr-decay=1", "--no-lr-decay takes no value: write --lr-decay or --no-lr-decay"),
+        ("--video", "--video does nothing without --evaluate"),
+        ("--out /dev/null/runs", "--out /dev/null/runs cannot be written: /dev/null is a file"),
+        ("--resume nowhere", "nowhere is not the folder of a run"),
+        ("--evaluate nowhere", "nowhere is not the folder of a run"),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence(monkeypatch, capsys, flags, words):
+def test_a_wrong_command_line_is_one_sentence(monkeypatch, capsys, tmp_path, flags, words):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         common.cli(lambda: parsed(monkeypatch, *flags.split()))
     out, error = capsys.readouterr()
     assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert words in error and "--help" in error and out == ""
+    assert words in error and out == ""
 
 
-def test_help_explains_every_setting(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        common.cli(lambda: parsed(monkeypatch, "--help"))
-    out, error = capsys.readouterr()
-    assert stopped.value.code == 0 and error == "" and "--head-start" in out and "--batch-size" in out
+def test_values_of_every_kind(monkeypatch):
+    args = parsed(monkeypatch, *"--lr=2 --lr_decay --mode hard --weights 3 4.5 --bound 1 --seed 3 1 --no-wandb".split())
+    assert (args.lr, args.lr_decay, args.mode, args.weights) == (2.0, True, "hard", (3.0, 4.5))
+    assert (args.bound, args.seed, args.wandb) == (1.0, (3, 1), False)
+    assert parsed(monkeypatch, "--bound", "None", "--no-lr-decay", "--lr", "-0.5").bound is None
+
+
+@pytest.mark.parametrize("package, flags", [("wandb", "--wandb"), ("moviepy", "--video --evaluate RUN")])
+def test_a_missing_package_is_told_first(tmp_path, monkeypatch, package, flags):
+    run, _ = make_run(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        parsed(monkeypatch, *flags.replace("RUN", str(run.place)).split())
+
+
+def test_help_is_grouped_and_shows_the_values_of_the_env(monkeypatch, capsys):
+    def help_of(*flags):
+        with pytest.raises(SystemExit) as stopped:
+            common.cli(lambda: parsed(monkeypatch, "--help", *flags))
+        out, error = capsys.readouterr()
+        assert stopped.value.code == 0 and error == "" and all("--" + name in out for name in ("batch-size", "mode"))
+        assert "paper" not in out
+        return " ".join(out.split())
+
+    text = help_of("--env", "hopper-medium-v2")
+    assert "those of hopper-medium-v2;" in text and "100 % of it. (default: 0.5)" in text
+    assert text.index("Updates before the first. (default: 100)") < text.index("--seed")  # the algorithm's own first
+    assert "those of pendulum-demo-medium;" in help_of() and "(default: 0.125)" in help_of()
+    assert "those of hopper-medium-v2;" in help_of("--env", "Hopper-v4")
 
 
 def test_env_help_lists_the_datasets(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         parsed(monkeypatch, "--env", "help")
-    assert stopped.value.code == 0 and "hopper-medium-v2" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(f"  {name}\n" in text for name in ("hopper-medium-v2", "bandit-rings"))
 
 
 def test_metrics_are_means_since_the_last_read():
@@ -165,38 +222,174 @@ def test_metrics_are_means_since_the_last_read():
     assert metrics.read() == {}
 
 
-def test_csv_grows_by_columns_and_resumes_without_doubles(tmp_path):
+def test_csv_grows_by_columns_and_resumes_without_doubles(tmp_path, monkeypatch):
     run, learners = make_run(tmp_path)
     train(run, learners, 30, phase="first")
     for _ in run.updates("second", 20):
         learners[0].metrics.add(other=torch.tensor(1.0))
-    rows = common.read_csv(run.folders[0] / "metrics.csv")
-    assert [(row["phase"], row["step"]) for row in rows] == [
-        ("first", 10),
-        ("first", 20),
-        ("first", 30),
-        ("second", 10),
-        ("second", 20),
+    path = run.folders[0].path / "metrics.csv"
+    rows = common.read_csv(path)
+    assert [(row["phase"], row["step"], row["total"]) for row in rows] == [
+        ("first", 10, 10),
+        ("first", 20, 20),
+        ("first", 30, 30),
+        ("second", 10, 40),
+        ("second", 20, 50),
     ]
     assert "toy_loss" in rows[0] and "other" in rows[3] and "other" not in rows[0]
-    again, _ = make_run(tmp_path, resume=True)
-    assert again.done == ["first", "second"] and common.read_csv(again.folders[0] / "metrics.csv") == rows
+    again, _ = resumed(monkeypatch, "--resume", run.root)
+    assert again.done == dict(first=30, second=20) and common.read_csv(path) == rows
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, capsys):
+# Locks
+
+
+def test_two_runs_in_one_place(tmp_path):
+    """The second, here in another process as a user's, is refused while the first one lives, and only then."""
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import common, test_runs
+from pathlib import Path
+common.cli(lambda: [test_runs.make_run(Path({str(tmp_path)!r})), print("started", flush=True), input()])
+"""
+    start = lambda: subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    first = start()
+    assert "started\n" in iter(first.stdout.readline, "")
+    place = tmp_path / "test_runs" / "pendulum-demo-medium" / "seed0"
+    second = start()
+    _, error = second.communicate()
+    assert second.returncode == 2 and error.count("\n") == 1
+    since = json.loads((place / "args.json").read_text())["process"]["since"]
+    assert f"{place} is in use by process {first.pid} on" in error and f"since {since}" in error
+    assert not place.with_name("seed0.old1").exists()
+    first.kill()
+    first.wait()
+    third = start()
+    third.communicate("\n")
+    assert third.returncode == 0 and place.with_name("seed0.old1").exists()
+
+
+def test_common_needs_no_unix(tmp_path):
+    """On Windows there is no fcntl, and two of the signals are missing."""
+    code = f"""
+import signal, sys
+sys.modules["fcntl"] = None
+del signal.SIGHUP, signal.SIGUSR1
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import common, test_runs
+from pathlib import Path
+run, learners = test_runs.make_run(Path({str(tmp_path)!r}))
+test_runs.train(run, learners, 20)
+run.finish()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# Signals
+
+SIGNALS = [getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # Windows lacks two
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, capsys, monkeypatch):
     run, learners = make_run(tmp_path, eval_episodes=1, eval_every=30)
     with pytest.raises(SystemExit) as stopped:
         for count, _ in enumerate(run.updates("update", 100, evaluate=True)):
             learners[0].update()
             if count == 33:
                 os.kill(os.getpid(), number)
-    assert stopped.value.code == 128 + number and "--resume continues" in capsys.readouterr().err
-    assert (run.folders[0] / "curve.png").exists()
-    run, learners = make_run(tmp_path, resume=True)
+    assert stopped.value.code == 128 + number
+    assert f"stopped at update 34 of 100; --resume {run.place} continues" in capsys.readouterr().err
+    assert (run.place / "curve.png").exists()
+    run, learners = resumed(monkeypatch, "--resume", run.place)
     assert run.step == 34 and learners[0].weight == 34
     train(run, learners)
     assert learners[0].weight == 100
+
+
+class Slow(Data):
+    """An environment that asks the process to end at its 50th step, as long as `number` is set."""
+
+    number = None
+
+    def make_env(self, max_episode_steps):
+        env, data, steps = super().make_env(max_episode_steps), self, itertools.count(1)
+        plain = env.step
+
+        def step(action):
+            if next(steps) == 50 and data.number:
+                os.kill(os.getpid(), data.number)
+            return plain(action)
+
+        env.step = step
+        return env
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("steps", [60, 100])
+def test_a_signal_in_an_evaluation_drops_it_and_the_resumed_run_makes_it(tmp_path, number, steps, monkeypatch):
+    """Also where it is the last one of its phase, whose end then comes after the resume."""
+    settings = dict(seed=(0, 1), steps=steps, eval_every=60, eval_episodes=1)
+    whole, learners = make_run(tmp_path / "whole", **settings)
+    train(whole, learners, steps, evaluate=True)
+    rows = [common.read_csv(folder.path / "metrics.csv") for folder in whole.folders]
+
+    run, learners = make_run(tmp_path, data=Slow(number=number), **settings)
+    with pytest.raises(SystemExit):
+        train(run, learners, steps, evaluate=True, at_end=lambda: pytest.fail("the phase is not over"))
+    assert all("return" not in row for row in common.read_csv(run.folders[0].path / "metrics.csv"))
+    checkpoint = common.load_checkpoint(run.folders[0].path)
+    assert (checkpoint["step"], checkpoint["owed"], checkpoint["done"]) == (60, True, {})
+
+    run, learners = resumed(monkeypatch, "--resume", run.root)
+    ends = []
+    train(run, learners, steps, evaluate=True, at_end=lambda: ends.append(run.step))
+    assert ends == [steps] and common.load_checkpoint(run.folders[1].path)["done"] == dict(update=steps)
+    for before, folder in zip(rows, run.folders):
+        after = common.read_csv(folder.path / "metrics.csv")
+        keys = ("phase", "step", "return", "return_std", "toy_loss")
+        assert [[row.get(key) for key in keys] for row in after] == [[row.get(key) for key in keys] for row in before]
+
+
+def test_a_second_ctrl_c_ends_at_once_other_signals_do_not(tmp_path):
+    run, _ = make_run(tmp_path)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    assert run.signals.number == signal.SIGUSR1
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nohup_is_respected(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run, _ = make_run(tmp_path)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert run.signals.number is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread(tmp_path):
+    """Where Python lets no one set signal handlers."""
+    errors = []
+
+    def work():
+        try:
+            run, learners = make_run(tmp_path, eval_episodes=1)
+            train(run, learners, evaluate=True)
+            run.finish()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not errors and next(tmp_path.rglob("summary.json"))
 
 
 def test_curves_are_drawn_now_and_then(tmp_path):
@@ -205,7 +398,7 @@ def test_curves_are_drawn_now_and_then(tmp_path):
     there = []
     for count, _ in enumerate(run.updates("update", 30, evaluate=True)):
         learners[0].update()
-        there.append((run.folders[0] / "curve.png").exists())
+        there.append((run.place / "curve.png").exists())
         if count == 15:
             run.drawn -= 2000
     assert there == [False] * 20 + [True] * 10
@@ -217,10 +410,10 @@ def test_stride_rounds_a_phase_up(tmp_path):
     assert calls == 5 and run.step == 25
 
 
-def test_at_end_runs_once_and_stands_in_the_checkpoint(tmp_path):
+def test_at_end_runs_once_and_stands_in_the_checkpoint(tmp_path, monkeypatch):
     run, learners = make_run(tmp_path)
     train(run, learners, 10, phase="first", at_end=lambda: learners[0].weight.fill_(-5))
-    run, learners = make_run(tmp_path, resume=True)
+    run, learners = resumed(monkeypatch, "--resume", run.place)
     assert learners[0].weight == -5
     train(run, learners, 10, phase="first", at_end=lambda: pytest.fail("ran again"))
 
@@ -237,17 +430,21 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="disk full"):
         run.save()
     assert not list(tmp_path.rglob("*.part"))
-    assert common.load_checkpoint(run.folders[0])["step"] == 20
+    assert common.load_checkpoint(run.place)["step"] == 20
 
 
 def test_a_non_finite_metric_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     run, learners = make_run(tmp_path)
-    with pytest.raises(RunError, match="toy_loss became nan before update update 50"):
+    with pytest.raises(RunError, match="toy_loss became nan by update update 50 of seed 0; the last checkpoint in"):
         for count, _ in enumerate(run.updates("update", 100)):
             learners[0].update()
             if count == 44:
                 learners[0].weight.fill_(float("nan"))
-    assert common.load_checkpoint(run.folders[0])["step"] == 40
+    assert common.load_checkpoint(run.place)["step"] == 40
+    run, learners = make_run(tmp_path)
+    learners[0].weight.fill_(float("nan"))
+    with pytest.raises(RunError, match="; no checkpoint yet"):
+        train(run, learners)
 
 
 def test_an_earlier_run_is_moved_aside(tmp_path, capsys):
@@ -258,36 +455,173 @@ def test_an_earlier_run_is_moved_aside(tmp_path, capsys):
     assert "seed0.old1" in capsys.readouterr().out
 
 
-def test_resume_refuses_other_settings(tmp_path):
+# Resume
+
+
+def test_resume_takes_all_settings_from_the_run(tmp_path, monkeypatch, capsys):
+    run, learners = make_run(tmp_path, lr=2.0, mode="hard", weights=(5.0,), head_start=3)
+    train(run, learners, 20)
+    for folder in (run.place, run.root):
+        args = parsed(monkeypatch, "--resume", folder)
+        assert (args.lr, args.mode, args.weights, args.head_start) == (2.0, "hard", (5.0,), 3)
+        assert (args.steps, args.eval_every, args.device, args.seed) == (100, 50, "cpu", (0,))
+    args = parsed(monkeypatch, "--resume", run.place, "--log-every", "7", "--eval-episodes", "3", "--lr", "2")
+    assert (args.log_every, args.eval_episodes) == (7, 3)
+    for flags, words in (
+        ("--lr 3", "--lr was 2.0 in .* and cannot be 3.0"),
+        ("--batch-size 8", "--batch-size was 4"),
+        ("--env hopper-medium-v2", "--env was pendulum-demo-medium"),
+        ("--out elsewhere", "--out was"),
+        ("--steps 99", "--steps was 100 in .* can grow, not shrink to 99"),
+        ("--seed 3", "holds no run of seed 3"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parsed(monkeypatch, "--resume", run.place, *flags.split())
+
+
+def test_a_moved_run_goes_on_where_it_is(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path / "a")
+    train(run, learners, 20)
+    run.close()
+    moved = run.place.rename(tmp_path / "kept")
+    run, learners = resumed(monkeypatch, "--resume", moved)
+    train(run, learners, 40)
+    assert run.place == moved and common.load_checkpoint(moved)["step"] == 40
+    assert not list((tmp_path / "a").rglob("args.json"))
+
+
+def test_resume_without_a_folder(tmp_path, monkeypatch, capsys):
+    """The same command starts a run and continues it, as queues of clusters like it."""
+    flags = ["--out", tmp_path, "--lr", "0.5", "--seed", "0", "1", "--resume"]
+    run, learners = resumed(monkeypatch, *flags)
+    assert run.total == 0 and "no checkpoint to resume" in capsys.readouterr().out
+    train(run, learners, 20)
+    run, learners = resumed(monkeypatch, *flags)
+    assert run.total == 20 and learners[1].weight == 20 and run.args.seed == (0, 1) and run.args.lr == 0.5
+    with pytest.raises(UserError, match="--lr was 0.5"):
+        parsed(monkeypatch, *flags, "--lr", "3")
+    with pytest.raises(UserError, match="no run of seed 2"):
+        parsed(monkeypatch, *flags, "--seed", "1", "2")
+
+
+def test_resume_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
+    run, learners = make_run(tmp_path, lr=2.0)
+    train(run, learners, 15)
+    (run.place / "checkpoint.pt").unlink()
+    run, learners = resumed(monkeypatch, "--resume", run.place)
+    assert run.total == 0 and run.args.lr == 2.0 and "from its beginning" in capsys.readouterr().out
+    train(run, learners, 30)
+    assert [row["total"] for row in common.read_csv(run.place / "metrics.csv")] == [10, 20, 30]
+
+
+def test_data_may_move_but_not_change(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, data_path="here.npz")
+    train(run, learners, 20)
+    run, _ = resumed(monkeypatch, "--resume", run.place, "--data-path", "there.npz")
+    assert run.args.data_path == "there.npz"
+    with pytest.raises(UserError, match="the data are not those that .*seed0 was trained on"):
+        resumed(monkeypatch, "--resume", run.place, data=Data(fingerprint="other"))
+
+
+class Decaying(Counter):
+    """Its learning rate falls from 1 to 0 over --steps."""
+
+    def __init__(self, args, data=None, seed=0):
+        super().__init__(args, data, seed)
+        self.args, self.opt = args, torch.optim.SGD([torch.nn.Parameter(self.weight.clone())], torch.tensor(1.0))
+        self.state["opt"] = self.opt
+
+    def update(self):
+        super().update()
+        self.opt.param_groups[0]["lr"].fill_(1 - float(self.weight) / self.args.steps)
+
+
+def test_a_finished_run_can_be_lengthened(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(globals(), "Counter", Decaying)
+    phases = dict(first=20, second=100)
+    run, learners = make_run(tmp_path, phases=phases)
+    train(run, learners, 20, phase="first")
+    train(run, learners, 80, phase="second")
+    run.finish()
+    run, learners = resumed(monkeypatch, "--resume", run.place, "--steps", "200")
+    train(run, learners, 20, phase="first")
+    train(run, learners, 180, phase="second")
+    text = capsys.readouterr().out
+    assert "note: 200 updates instead of 100" in text
+    assert "the learning rate of opt was 0, now it is 0.495" in text
+    assert learners[0].weight == 200 and common.load_checkpoint(run.place)["done"] == dict(first=20, second=180)
+    assert parsed(monkeypatch, "--resume", run.place).steps == 200
+    run, learners = resumed(monkeypatch, "--resume", run.place)
+    train(run, learners, 180, phase="second")
+    assert learners[0].weight == 200 and "instead of" not in capsys.readouterr().out
+
+
+def test_seeds_that_stand_apart_resume_each_from_its_own(tmp_path, monkeypatch, capsys):
+    """Seed 1 is further, seed 2 has ended, seed 3 has no checkpoint: those behind go first, then all together."""
+
+    def main():
+        run, learners = resumed(monkeypatch, "--resume", tmp_path / "test_runs" / "pendulum-demo-medium")
+        seen.append((run.args.seed, run.total))
+        train(run, learners, 20, phase="first", at_end=lambda: [learner.weight.add_(1000) for learner in learners])
+        train(run, learners, 80, phase="second")
+        run.finish()
+        weights.update({seed: int(learner.weight) for seed, learner in zip(run.args.seed, learners)})
+
+    seen, weights = [], {}
+    run, learners = make_run(tmp_path, seed=(0, 1, 2, 3))
+    train(run, learners, 20, phase="first", at_end=lambda: [learner.weight.add_(1000) for learner in learners])
+    (run.folders[3].path / "checkpoint.pt").unlink()
+    for seed, updates in ((1, 33), (2, 80)):
+        run, learners = resumed(monkeypatch, "--resume", run.root / f"seed{seed}")
+        with contextlib.suppress(SystemExit):
+            for _ in run.updates("second", 80):
+                learners[0].update()
+                run.signals.number = 15 if run.step + 1 == updates < 80 else None
+    common.cli(main)
+    assert seen == [((3,), 0), ((0, 3), 20), ((0, 1, 3), 53), ((0, 1, 2, 3), 100)]
+    assert weights == {seed: 1100 for seed in range(4)}
+
+
+def test_seeds_with_different_settings_are_not_resumed_together(tmp_path, monkeypatch):
+    for seed, lr in ((0, 1.0), (1, 2.0)):
+        run, learners = make_run(tmp_path, seed=(seed,), lr=lr)
+        train(run, learners, 20)
+    with pytest.raises(UserError, match="differ in --lr: resume each on its own"):
+        parsed(monkeypatch, "--resume", run.root)
+
+
+def test_a_run_of_another_script(tmp_path, monkeypatch):
     run, learners = make_run(tmp_path)
     train(run, learners, 20)
-    with pytest.raises(UserError, match="--lr was 1.0"):
-        make_run(tmp_path, resume=True, lr=2.0)
-    make_run(tmp_path, resume=True, log_every=5)
+    (run.place / "test_runs.py").rename(run.place / "dtql.py")
+    for flag in ("--resume", "--evaluate"):
+        with pytest.raises(UserError, match="is not a run of test_runs.py"):
+            parsed(monkeypatch, flag, run.place)
 
 
-def test_resume_without_a_checkpoint_starts_afresh(tmp_path, capsys):
-    run, learners = make_run(tmp_path, resume=True)
-    assert run.step == 0 and "no checkpoint to resume" in capsys.readouterr().out
+def test_evaluation_takes_no_flag_that_does_nothing(tmp_path, monkeypatch):
+    run, _ = make_run(tmp_path)
+    with pytest.raises(UserError, match="--steps does nothing with --evaluate"):
+        parsed(monkeypatch, "--evaluate", run.place, "--steps", "5")
 
 
-def test_resume_of_seeds_that_stand_apart(tmp_path):
-    run, learners = make_run(tmp_path, seed=(0, 1))
-    train(run, learners, 20, phase="first")
-    alone, learners = make_run(tmp_path, seed=(1,), resume=True)
-    train(alone, learners, 40, phase="second")
-    with pytest.raises(UserError, match="each seed on its own"):
-        make_run(tmp_path, seed=(0, 1), resume=True)
+@pytest.mark.parametrize("env, words", [("halfcheetah-demo-medium", "observations have 3 numbers, not 17")])
+def test_evaluation_in_another_environment(tmp_path, monkeypatch, env, words):
+    run, learners = make_run(tmp_path)
+    train(run, learners, 20)
+    args = parsed(monkeypatch, "--evaluate", run.place, "--env", env)
+    with pytest.raises(UserError, match=words):
+        common.evaluate_run(args, Counter)
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None])
-def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+def test_a_damaged_checkpoint_is_named(tmp_path, damage, monkeypatch):
     run, learners = make_run(tmp_path)
     train(run, learners, 20)
-    path = run.folders[0] / "checkpoint.pt"
+    path = run.place / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:-200] if damage is None else damage)
     with pytest.raises(RunError, match="checkpoint.pt cannot be read"):
-        make_run(tmp_path, resume=True)
+        resumed(monkeypatch, "--resume", run.place)
 
 
 def test_folders_that_are_no_runs(tmp_path):
@@ -317,17 +651,57 @@ def test_interquartile_mean():
     assert common.interquartile_mean(np.array([4.0])) == 4.0
 
 
-def test_wandb_is_optional(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        make_run(tmp_path, wandb=True)
-    logged = []
-    fake = SimpleNamespace(init=lambda **kw: SimpleNamespace(log=logged.append, finish=lambda: logged.append("end")))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    run, learners = make_run(tmp_path, wandb=True)
-    train(run, learners, 20)
+def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
+    """One W&B run per seed over any number of resumes; W&B's own environment variables choose where it goes."""
+    started, logged = [], []
+
+    def init(**options):
+        started.append(options)
+        axes = lambda name, step_metric: logged.append(step_metric)
+        return SimpleNamespace(log=logged.append, define_metric=axes, finish=lambda: logged.append("end"))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    run, learners = make_run(tmp_path, wandb=True, seed=(0, 1))
+    train(run, learners, 20, phase="first")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "sweep")
+    run, learners = resumed(monkeypatch, "--resume", run.root)
+    train(run, learners, 20, phase="first")
+    train(run, learners, 10, phase="second")
     run.finish()
-    assert logged[0]["update/toy_loss"] == 5.5 and logged[-1] == "end"
+    ids = [options["id"] for options in started]
+    assert ids[:2] == ids[2:] and ids[0] != ids[1] and all(options["resume"] == "allow" for options in started)
+    assert [options["project"] for options in started] == ["offline-rl"] * 2 + ["mine"] * 2
+    assert [options["group"] for options in started] == ["test_runs pendulum-demo-medium"] * 2 + ["sweep"] * 2
+    assert all("entity" not in options for options in started)
+    assert logged[:2] == ["total", "total"] and logged[-2:] == ["end", "end"]
+    assert logged[2]["first/toy_loss"] == 5.5 and logged[-3]["second/toy_loss"] == 25.5 and logged[-3]["total"] == 30
+
+
+def tensorboard(folder):
+    """Curve -> its steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_tensorboard_keeps_all_phases_after_a_kill(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, eval_episodes=1, eval_every=20)
+    train(run, learners, 30, phase="first")
+    with pytest.raises(ZeroDivisionError):
+        for count, _ in enumerate(run.updates("second", 60, evaluate=True)):
+            learners[0].update()
+            1 / (count - 33)  # the last checkpoint is at 20, the last row at 30
+    run, learners = resumed(monkeypatch, "--resume", run.place)
+    train(run, learners, 30, phase="first")
+    train(run, learners, 60, phase="second", evaluate=True)
+    run.close()
+    curves = tensorboard(run.place)
+    assert curves["first/toy_loss"] == [10, 20, 30]
+    assert curves["second/toy_loss"] == [40, 50, 60, 70, 80, 90]
+    assert curves["eval/return"] == [50, 70, 90]
 
 
 def test_cli_turns_errors_into_a_sentence(capsys):
