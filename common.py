@@ -1963,12 +1963,14 @@ class Run:
         """Continue each seed from its checkpoint; from the beginning where there is none yet."""
         for folder, learner, seed in zip(self.folders, self.learners, self.args.seed):
             was = folder.about["args"]["steps"]
-            folder.resume(self, seed)
             if (folder.path / "checkpoint.pt").exists():
                 checkpoint = load_checkpoint(folder.path, self.args.device)
+                if checkpoint["dims"]["fingerprint"] != self.data.fingerprint:
+                    raise UserError(f"these are not the data that {folder.path} was trained on: it cannot go on")
                 set_state(learner.state, checkpoint["learner"])
                 for name in BOOKS:
                     setattr(self, name, checkpoint[name])
+            folder.resume(self, seed)
         print(f"resuming {self.place} {f'at {self.phase} {self.step:,}' if self.phase else 'from its beginning'}")
         if was < self.args.steps:
             print(f"note: {self.args.steps:,} updates instead of {was:,}; schedules over --steps end there now")
@@ -2085,7 +2087,7 @@ class Folder:
         versions |= dict(python=platform.python_version())
         cuda = run.args.device.startswith("cuda")
         self.write(
-            run, seed, data=run.data.fingerprint, versions=versions, processor=processor(),
+            run, seed, versions=versions, processor=processor(),
             device=torch.cuda.get_device_name(run.args.device) if cuda else "cpu", git=git_state(run.script),
             started=now(), wandb=os.urandom(4).hex(),
         )  # fmt: skip
@@ -2094,8 +2096,6 @@ class Folder:
 
     def resume(self, run, seed):
         about = self.about
-        if about.get("data") != run.data.fingerprint:
-            raise UserError(f"the data are not those that {self.path} was trained on: it cannot be resumed with them")
         self.write(run, seed, **about | dict(resumed=[*about.get("resumed", []), now()]))
 
     def write(self, run, seed, **about):

@@ -519,7 +519,7 @@ def test_data_may_move_but_not_change(tmp_path, monkeypatch):
     train(run, learners, 20)
     run, _ = resumed(monkeypatch, "--resume", run.place, "--data-path", "there.npz")
     assert run.args.data_path == "there.npz"
-    with pytest.raises(UserError, match="the data are not those that .*seed0 was trained on"):
+    with pytest.raises(UserError, match="these are not the data that .*seed0 was trained on"):
         resumed(monkeypatch, "--resume", run.place, data=Data(fingerprint="other"))
 
 
