@@ -404,6 +404,7 @@ class Futures:
     """The data's own future states, G ~ Geometric(1 - gamma) steps after a row (difference 9)."""
 
     def __init__(self, data, gamma, kind):
+        data.need_order("next actions and the states that follow")
         self.data, self.gamma, self.kind = data, gamma, kind
         rows = torch.arange(len(data), device=data.rows.device)
         ends = torch.cat([data.episode.diff() != 0, torch.ones_like(data.episode[:1], dtype=torch.bool)])
@@ -660,7 +661,7 @@ def main():
     if args.env in REBRAC:
         print(f"note: the paper did not run {args.env}; its settings are ReBRAC's, with w_s = 0 unless given")
     print(describe_weights(args))
-    data = load_dataset(args.env, args.data_path, true_next_obs=True)
+    data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0, true_next_obs=True)
     if args.bdm_only not in (None, "data"):
         use_policy(args.bdm_only, data, args.device)
     data.reward.mul_(args.reward_scale)
