@@ -696,7 +696,9 @@ def main():
     Learner = BDMOnly if args.bdm_only else BDM
     if args.evaluate:
         return evaluate_run(args, Learner)
-    data = load_dataset(args.env, args.data_path, true_next_obs=True)
+    data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0, true_next_obs=True)
+    if args.w_s or not args.sbc_only:
+        data.need_order("next actions and the states that follow")
     policy = None
     if args.bdm_only not in (None, "data") and not args.resume:
         policy = load_actor(args.bdm_only, data, args.device)
@@ -705,7 +707,7 @@ def main():
     mean, std = (0.0, 1.0) if args.rebrac else standardize(data)
     data = data.to(args.device)
     learners = [Learner(args, data, seed) for seed in args.seed]
-    futures = Futures(data, args.gamma, args.corrected)
+    futures = Futures(data, args.gamma, args.corrected) if learners[0].has_bdm else None
     for learner in learners:
         learner.use_data(futures, mean, std)
         if policy:
