@@ -26,11 +26,10 @@ TINY = "--env pendulum-demo-medium --device cpu --batch-size 8 --eval-episodes 0
 CASES = {  # script: settings that change the operations
     "bdm_rebrac_sbc": (
         "",
-        "--w-s 0 --reward-scale 2",
+        "--rebrac --reward-scale 2",
         "--sbc-only --eta uniform",
         "--bdm-only data",
-        "--futures official --sampler ddim --eta drop-last --actor-bdm online --critic-bc-reduce none --actor-q min",
-        "--sampler official --eta paper --no-normalize-states --state-weight linear --critic-wd 0",
+        "--corrected --actor-bdm online --eta paper",
     ),
     "cped": (
         "--discriminator-steps 2 --critic-start 2 --q-start 3 --alpha 2 1 --alpha-until 0.0005",
@@ -290,7 +289,7 @@ def test_graphs_equal_plain_updates_in_company_and_resumed(name, cuda, train):
 
 
 def fake_data():
-    return SimpleNamespace(obs_dim=1, action_dim=1, max_action=1.0, episode_returns=[], fingerprint="")
+    return common.Dataset.bandit("toy", torch.rand(8, 1), lambda action: action.sum(1))
 
 
 class Toy:
@@ -416,7 +415,7 @@ def test_summary_says_whether_graphs_ran(flags, graphs, cuda, tmp_path, monkeypa
     for _ in run.updates("update", 3):
         update()
     run.finish()
-    assert json.loads((run.folders[0] / "summary.json").read_text())["cuda_graphs"] is graphs
+    assert json.loads((run.root / "seed0" / "summary.json").read_text())["cuda_graphs"] is graphs
 
 
 def test_the_device_is_made_current(monkeypatch):
