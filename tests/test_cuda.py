@@ -499,7 +499,9 @@ def walk(learner, phase, monkeypatch):
 def test_updates_and_acting_stay_on_one_device(name, flags, train, monkeypatch):
     def capture(learners, phase):
         def step():
+            before = torch.get_rng_state()
             getattr(learners[0], phase)()
+            assert torch.equal(before, torch.get_rng_state()), f"{phase} draws from torch's global generator"
             walk(learners[0], phase, monkeypatch)
 
         return step
