@@ -1381,6 +1381,8 @@ class RunArgs:
     """Transitions per update."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:<k>."""
+    cuda_graphs: bool = True
+    """On CUDA: replay each update as one recorded graph."""
     eval_every: int = 50_000
     """Updates between evaluations."""
     eval_episodes: int = 10
@@ -1408,7 +1410,7 @@ class RunArgs:
 
 
 # What may change when a run is resumed, and what may stand beside --evaluate.
-FREE = {"resume", "seed", "device", "data_path", "wandb"}
+FREE = {"resume", "seed", "device", "cuda_graphs", "data_path", "wandb"}
 FREE |= {"eval_every", "eval_episodes", "max_episode_steps", "log_every", "checkpoint_every"}
 WITH_EVALUATE = {"evaluate", "video", "env", "seed", "device", "eval_episodes", "max_episode_steps"}
 
@@ -1604,9 +1606,11 @@ def check_args(args):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=args.device)
+        device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device} cannot be used here: {reason(error)}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs belong to the current device
 
 
 def check_writable(out):
@@ -1744,14 +1748,27 @@ def get_state(parts):
 
 
 def set_state(parts, state):
-    """The inverse of `get_state`; before `capture`, because optimisers allocate new tensors when they load."""
+    """The inverse of `get_state`; before `capture`, because optimisers allocate new tensors when they load.
+
+    False if the state is from another kind of device, whose generators are unlike these, which stay as they are.
+    """
+    same_kind = True
     for name, part in parts.items():
+        saved = state[name]
         if isinstance(part, torch.Generator):
-            part.set_state(state[name].cpu())
+            if saved.shape == part.get_state().shape:
+                part.set_state(saved.cpu())
+            else:
+                same_kind = False
+        elif isinstance(part, torch.optim.Optimizer):
+            own = [{key: group[key] for key in ("capturable", "fused")} for group in part.param_groups]
+            groups = [group | flags for group, flags in zip(saved["param_groups"], own)]
+            part.load_state_dict(saved | dict(param_groups=groups))
         elif isinstance(part, torch.Tensor):
-            part.data.copy_(state[name])
+            part.data.copy_(saved)
         else:
-            part.load_state_dict(state[name])
+            part.load_state_dict(saved)
+    return same_kind
 
 
 def load_checkpoint(folder, device="cpu"):
@@ -1829,37 +1846,70 @@ def capture(learners, phase):
     """A function that performs `learner.<phase>()` for every learner.
 
     On CUDA each learner's update is recorded as a CUDA graph at the first call, and replayed on a stream of its own.
+    With --no-cuda-graphs, or where recording fails, the same operations are launched one by one.
     """
-    updates = [getattr(learner, phase) for learner in learners]
-    if learners[0].generator.device.type != "cuda":
+    args, updates = learners[0].args, [getattr(learner, phase) for learner in learners]
+    if not args.device.startswith("cuda"):
         return lambda: [update() for update in updates]
     replays = []
 
     def step():
-        if not replays:
-            replays.extend(record(learner, update) for learner, update in zip(learners, updates))
-            torch.cuda.synchronize()
-        for stream, graph in replays:
-            with torch.cuda.stream(stream):
-                graph.replay()
+        if args.cuda_graphs and not replays:
+            try:
+                replays.extend([record(learner, update) for learner, update in zip(learners, updates)])
+            except RuntimeError as error:
+                args.cuda_graphs = False  # nor in the phases to come
+                why = reason(error.__context__ or error)
+                warn(f"no CUDA graph of `{phase}` could be recorded, so updates are slower: {why}")
+        for run in replays or updates:
+            run()
 
     return step
 
 
 def record(learner, update):
-    """The stream and the CUDA graph of one update. It needs three warm-up updates, which are taken back."""
+    """A function that replays one update, recorded as a CUDA graph; RuntimeError where that cannot be done.
+
+    Recording needs three warm-up updates and, to see that it worked, a first replay. All are taken back.
+    """
     before = copy.deepcopy(get_state(learner.state))
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+
+    def replay():
+        with torch.cuda.stream(stream):
+            graph.replay()
+
+    try:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                update()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph.register_generator_state(learner.generator)
+        with torch.cuda.graph(graph, stream=stream):
             update()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph.register_generator_state(learner.generator)
-    with torch.cuda.graph(graph, stream=stream):
-        update()
-    take_back(learner, before)
-    return stream, graph
+        old = [tensor.clone() for tensor in tensors(get_state(learner.state))]
+        torch.cuda.synchronize()
+        replay()
+        torch.cuda.synchronize()
+        if all(map(torch.equal, old, tensors(get_state(learner.state)))):
+            raise RuntimeError("the recorded update changes nothing")
+    except RuntimeError:  # which can leave the generator unfit for use outside of a graph
+        learner.generator = learner.state["generator"] = torch.Generator(learner.generator.device)
+        raise
+    finally:
+        take_back(learner, before)
+        torch.cuda.synchronize()
+    return replay
+
+
+def tensors(state):
+    """All that an update writes in the state of a learner; the place of a generator is kept by the host."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from tensors(value)
+        elif isinstance(value, torch.Tensor) and name != "generator":
+            yield value
 
 
 def take_back(learner, before):
@@ -2083,17 +2133,22 @@ class Run:
 
     def restore(self):
         """Continue each seed from its checkpoint; from the beginning where there is none yet."""
+        elsewhere = False
         for folder, learner, seed in zip(self.folders, self.learners, self.args.seed):
             was = folder.about["args"]["steps"]
             if (folder.path / "checkpoint.pt").exists():
                 checkpoint = load_checkpoint(folder.path, self.args.device)
                 if checkpoint["dims"]["fingerprint"] != self.data.fingerprint:
                     raise UserError(f"these are not the data that {folder.path} was trained on: it cannot go on")
-                set_state(learner.state, checkpoint["learner"])
+                if not set_state(learner.state, checkpoint["learner"]):  # else the first draws would come once more
+                    learner.generator.manual_seed(hash((seed, checkpoint["step"])))
+                    elsewhere = True
                 for name in BOOKS:
                     setattr(self, name, checkpoint[name])
             folder.resume(self, seed)
         print(f"resuming {self.place} {f'at {self.phase} {self.step:,}' if self.phase else 'from its beginning'}")
+        if elsewhere:
+            print("note: its checkpoint is from another kind of device: the run goes on, but not bit for bit")
         if was < self.args.steps:
             print(f"note: {self.args.steps:,} updates instead of {was:,}; schedules over --steps end there now")
             self.learning_rates = learning_rates(self.learners[0])
@@ -2490,7 +2545,8 @@ def summarise(run, rows, seed):
             summary[key] = dict(last=values[-1], last_five=float(np.mean(values[-5:])), best=max(values))
     summary |= dict(evaluations=len(evaluated), episodes=args.eval_episodes, paper_score=run.published)
     summary |= dict(protocol=run.protocol, updates_per_second=run.rates())
-    return summary | dict(seconds=run.seconds, device=args.device)
+    graphs = args.device.startswith("cuda") and args.cuda_graphs
+    return summary | dict(seconds=run.seconds, device=args.device, cuda_graphs=graphs)
 
 
 def print_summary(run, summaries):

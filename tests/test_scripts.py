@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 
 ROOT = Path(__file__).parents[1]
 LEARNERS = dict(bdm_rebrac_sbc="BDM", cped="CPED", dac="DAC", dtql="DTQL", qdq="QDQ", srpo="SRPO")
 SCRIPTS = [name for name in LEARNERS if (ROOT / f"{name}.py").exists()]
-TINY = "--env pendulum-demo-medium --device cpu --steps 20 --batch-size 16 --eval-every 10 --eval-episodes 2 "
+ENV = "pendulum-demo-medium"
+SCENES = dict(bdm_rebrac_sbc="bandit-ring", cped="bandit-ring", dac="bandit-2gaussians", dtql="bandit-swissroll-far",
+              qdq="bandit-ring", srpo="bandit-8gaussians")  # fmt: skip
+TINY = f"--env {ENV} --device cpu --steps 20 --batch-size 16 --eval-every 10 --eval-episodes 2 "
 TINY = [*TINY.split(), "--log-every", "5", "--checkpoint-every", "6"]
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)
@@ -52,11 +54,11 @@ def whole(name, start, tmp_path_factory):
     return WHOLE[name]
 
 
-def folder(out, name, seed=0):
-    return Path(out) / name / "pendulum-demo-medium" / f"seed{seed}"
+def folder(out, name, seed=0, env=ENV):
+    return Path(out) / name / env / f"seed{seed}"
 
 
-def learned(out, name, seed=0):
+def learned(out, name, seed=0, env=ENV):
     """All tensors of a checkpoint, by path."""
 
     def flatten(value, path):
@@ -69,7 +71,7 @@ def learned(out, name, seed=0):
         elif isinstance(value, torch.Tensor):
             yield path, value
 
-    return dict(flatten(common.load_checkpoint(folder(out, name, seed))["learner"], ""))
+    return dict(flatten(common.load_checkpoint(folder(out, name, seed, env))["learner"], ""))
 
 
 def assert_same(first, second):
@@ -211,46 +213,36 @@ def test_nan_in_the_data_stops_the_run(name, start, tmp_path, monkeypatch, capsy
     assert not (folder(tmp_path, name) / "checkpoint.pt").exists()
 
 
-class NoHostWait(TorchDispatchMode):
-    """Fails on what would wait for a GPU or break the capture of an update."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        text = str(func)
-        waits = any(word in text for word in ("_local_scalar_dense", "nonzero", "masked_select", "equal.default"))
-        by_mask = "index.Tensor" in text and any(i is not None and i.dtype == torch.bool for i in args[1])
-        assert not waits and not by_mask, f"{text} inside an update"
-        return func(*args, **(kwargs or {}))
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+def summary(out, name, env):
+    return json.loads((Path(out) / name / env / "seed1" / "summary.json").read_text())
+
+
+@needs_gpu
+@pytest.mark.parametrize("name, env", [(name, env) for name, scene in SCENES.items() for env in (ENV, scene)])
+def test_captured_equals_plain_and_alone_equals_company(name, env, start, tmp_path):
+    """On CUDA: graphs on two streams give, for each seed, what plain updates give it alone; on the bandits too."""
+    start(name, "--env", env, "--device", "cuda", "--out", tmp_path / "captured", "--seed", 0, 1)
+    start(name, "--env", env, "--device", "cuda:0", "--no-cuda-graphs", "--out", tmp_path / "plain", "--seed", 1)
+    assert_same(*(learned(tmp_path / out, name, 1, env) for out in ("captured", "plain")))
+    assert [summary(tmp_path / out, name, env)["cuda_graphs"] for out in ("captured", "plain")] == [True, False]
+
+
+@needs_gpu
 @every_script
-def test_updates_never_wait_and_draw_only_from_their_own_generator(name, start, tmp_path, monkeypatch):
-    module = importlib.import_module(name)
-    plain = common.capture
-
-    def capture_watched(learners, phase):
-        update = plain(learners, phase)
-
-        def step():
-            before = torch.get_rng_state()
-            with NoHostWait():
-                update()
-            assert torch.equal(before, torch.get_rng_state()), f"{phase} draws from torch's global generator"
-
-        return step
-
-    monkeypatch.setattr(module, "capture", capture_watched)
-    start(name, "--out", tmp_path)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@every_script
-def test_captured_equals_plain_and_alone_equals_company(name, start, tmp_path, monkeypatch):
-    """On CUDA: graphs on two streams give, for each seed, what the plain update gives it alone."""
-    start(name, "--device", "cuda", "--out", tmp_path / "captured", "--seed", 0, 1)
-    plain = lambda learners, phase: lambda: [getattr(learner, phase)() for learner in learners]
-    monkeypatch.setattr(importlib.import_module(name), "capture", plain)
-    start(name, "--device", "cuda", "--out", tmp_path / "plain", "--seed", 1)
-    assert_same(learned(tmp_path / "captured", name, 1), learned(tmp_path / "plain", name, 1))
+@pytest.mark.parametrize("here, there", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_captured_run_goes_on_elsewhere(name, here, there, start, tmp_path, monkeypatch, capsys):
+    """Trained on CUDA, then scored, loaded and lengthened on the CPU, and the reverse."""
+    module, run = start(name, "--device", here, "--out", tmp_path), folder(tmp_path, name)
+    act = common.load_policy(getattr(module, LEARNERS[name]), module.Args, run, there)
+    assert act([[1.0, 0.0, 0.0]]).shape == (1, 1)
+    capsys.readouterr()
+    start(name, "--resume", run, "--steps", 30, "--device", there)
+    assert "another kind of device" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--evaluate", str(run), "--device", here])
+    common.cli(module.main)
 
 
 @every_script
