@@ -1313,15 +1313,14 @@ def evaluate(act, envs, seed, tick=lambda: None):
 def evaluate_run(args, Learner):
     """`--evaluate RUN`: score a saved policy once more, with as many episodes as asked and, with --video, a film."""
     folder, seed = Path(args.evaluate), evaluation_seed(args.seed[0])
-    dims = load_checkpoint(folder)["dims"]
     act = load_policy(Learner, type(args), folder, args.device)
     envs = [make_env(args.env, max_episode_steps=args.max_episode_steps) for _ in range(max(args.eval_episodes, 1))]
-    for what, dim, space in (
-        ("observations", dims["obs_dim"], envs[0].observation_space),
-        ("actions", dims["action_dim"], envs[0].action_space),
-    ):
-        if space.shape != (dim,):
-            raise UserError(f"{folder} cannot act in {args.env}: its {what} have {dim} numbers, not {space.shape[0]}")
+    sizes, dims = (*envs[0].observation_space.shape, *envs[0].action_space.shape), load_checkpoint(folder)["dims"]
+    if sizes != (dims["obs_dim"], dims["action_dim"]):
+        raise UserError(
+            f"{folder} cannot act in {args.env}: it takes {dims['obs_dim']} numbers and gives {dims['action_dim']}, "
+            f"there are {sizes[0]} and {sizes[1]}"
+        )
     if args.video:  # first: what it lacks is better known before the episodes
         film = folder / "video.mp4"
         value = record_video(act, args.env, film, seed)
@@ -1371,48 +1370,37 @@ def need(package, flag):
 class RunArgs:
     """The settings of a run that all scripts share; each script's `Args` extends them."""
 
+    # Dataset: a D4RL or Minari id, a built-in set or a bandit; `--env help` lists them
     env: str = "halfcheetah-demo-medium-replay"
-    """Dataset: a D4RL or Minari id, a built-in set or a bandit; `--env help` lists them."""
-    seed: tuple[int, ...] = (0,)
-    """Random seeds; several train side by side on one copy of the data."""
+    seed: tuple[int, ...] = (0,)  # Random seeds; several train side by side on one copy of the data
+    # Updates of the last phase; what else is counted in updates keeps its proportion to it unless given
     steps: int = 1_000_000
-    """Updates of the last phase; what else is counted in updates keeps its proportion to it unless given."""
-    batch_size: int = 256
-    """Transitions per update."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:<k>."""
-    cuda_graphs: bool = True
-    """On CUDA: replay each update as one recorded graph."""
-    eval_every: int = 50_000
-    """Updates between evaluations."""
-    eval_episodes: int = 10
-    """Episodes per evaluation; 0 for none."""
-    max_episode_steps: int = 1_000
-    """Time limit of an evaluation episode where the environment has none."""
-    log_every: int = 1_000
-    """Updates between rows of metrics.csv."""
-    checkpoint_every: int = 10_000
-    """Updates between checkpoints."""
-    out: str = "runs"
-    """Folder for run folders: <out>/<script>/<env>/seed<k>."""
+    batch_size: int = 256  # Transitions per update
+    device: str = "auto"  # auto, cpu, cuda or cuda:<k>
+    cuda_graphs: bool = True  # On CUDA: replay each update as one recorded graph
+    eval_every: int = 50_000  # Updates between evaluations
+    eval_episodes: int = 10  # Episodes per evaluation; 0 for none
+    max_episode_steps: int = 1_000  # Time limit of an evaluation episode where the environment has none
+    log_every: int = 1_000  # Updates between rows of metrics.csv
+    checkpoint_every: int = 10_000  # Updates between checkpoints
+    out: str = "runs"  # Folder for run folders: <out>/<script>/<env>/seed<k>
+    # Continue the run in this folder (or all its seeds) with its own settings; a larger --steps lengthens it. Without a
+    # folder: the run that the other flags name, if it has a checkpoint, or else a new one
     resume: str | None = None
-    """Continue the run in this folder (or all its seeds) with its own settings; a larger --steps lengthens it. Without
-    a folder: the run that the other flags name, if it has a checkpoint."""
+    # A local D4RL-style .hdf5, an .npz or a Minari folder; --env then names the environment
     data_path: str | None = None
-    """A local D4RL-style .hdf5, an .npz or a Minari folder; --env then names the environment."""
-    evaluate: str | None = None
-    """Folder of a run: score its policy again instead of training."""
-    video: bool = False
-    """With --evaluate: film one episode."""
+    evaluate: str | None = None  # Folder of a run: score its policy again instead of training
+    video: bool = False  # With --evaluate: film one episode
+    # Log to Weights & Biases too, as its environment variables WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP say
     wandb: bool = False
-    """Log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_RUN_GROUP are heeded."""
-    paper_score: float | None = None  # on this dataset, from the script's table; no flag
+    paper_score: float | None = None  # On this dataset, from the script's table; no flag
 
 
 # What may change when a run is resumed, and what may stand beside --evaluate.
 FREE = {"resume", "seed", "device", "cuda_graphs", "data_path", "wandb"}
 FREE |= {"eval_every", "eval_episodes", "max_episode_steps", "log_every", "checkpoint_every"}
 WITH_EVALUATE = {"evaluate", "video", "env", "seed", "device", "eval_episodes", "max_episode_steps"}
+HERE = ""  # --resume without a folder
 
 
 def parse_args(Args, settings, check=None, proportional=(), doc=""):
@@ -1433,14 +1421,14 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     if given.get("resume") == HERE:
         resume_here(Args, given)
     if folder := given.get("evaluate") or given.get("resume"):
-        default, source = saved_run(folder, Args), f"the run in {folder}"
+        default, source = saved_run(next(iter(run_folders(folder).values())), Args), f"the run in {folder}"
     else:
         table, relative = find_settings(env, settings)
         default, source = replace(Args(), **table | dict(env=env)), relative or env
         if relative and not wants_help:
             print(f"note: no settings for {env} in this script; using those of {relative}")
     if wants_help:
-        parser.description += f"\n\nThe defaults shown are those of {source}; each --env has its own."
+        parser.epilog = f"The defaults shown are those of {source}; each --env has its own."
         parser.set_defaults(**asdict(default))
         parser.print_help()
         sys.exit(0)
@@ -1463,34 +1451,30 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     return args
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists all settings")
-
-
-HERE = ""  # --resume without a folder
-
-
 def make_parser(Args, doc):
     """One flag for each field of `Args`, those of the algorithm first. It yields only what is given."""
-    parser = Parser(
-        usage="%(prog)s [settings]", description=doc.strip().split("\n\n")[0], formatter_class=HelpFormatter,
-        argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [settings]", description=doc.strip().split("\n\n")[0], add_help=False, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
+    parser.error = refuse
     own, shared = parser.add_argument_group("algorithm"), parser.add_argument_group("run")
     texts, types = help_texts(Args), get_type_hints(Args)
     for field in fields(Args):
         if field.name != "paper_score":
-            options = dict(nargs="?", const=HERE) if field.name == "resume" else {}
-            group = shared if hasattr(RunArgs, field.name) else own
-            options |= flag_type(types[field.name]) | dict(help=texts.get(field.name, " "))
-            group.add_argument("--" + field.name.replace("_", "-"), **options)
+            options = flag_type(types[field.name]) | dict(help=texts.get(field.name, " "))
+            options |= dict(nargs="?", const=HERE) if field.name == "resume" else {}
+            (shared if hasattr(RunArgs, field.name) else own).add_argument(flag(field.name), **options)
     shared.add_argument("-h", "--help", action="store_true", help="show this")
     return parser
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """With defaults, and the description as it is."""
+def refuse(message):
+    raise UserError(f"{message}; --help lists all settings")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def flag_type(hint):
@@ -1510,16 +1494,13 @@ def flag_type(hint):
 
 
 def help_texts(Args):
-    """The string below each field, in the source of `Args` and of the classes that it extends."""
-    texts = {}
-    for cls in Args.__mro__[-2::-1]:
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-        except (OSError, TypeError):  # in a notebook
-            continue
-        for field, text in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                texts[field.target.id] = " ".join(text.value.value.split()).replace("%", "%%")
+    """The comment behind each field or on the lines above it, in the source of `Args` and of what it extends."""
+    texts, above = {}, ""
+    for line in itertools.chain(*(inspect.getsource(cls).splitlines() for cls in Args.__mro__[-2::-1])):
+        code, _, comment = line.strip().partition("# ")
+        if field := re.match(r"(\w+):", code):
+            texts[field[1]] = (comment or above or texts.get(field[1], " ")).replace("%", "%%")
+        above = "" if code else f"{above} {comment}"
     return texts
 
 
@@ -1528,14 +1509,13 @@ def read_flags(parser, argv):
     argv = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), token) for token in argv]
     flags = {flag: action for action in parser._actions for flag in action.option_strings}
     for token, after in zip(argv, [*argv[1:], ""]):
-        flag, _, value = token.partition("=")
-        if flags.get(flag) and flags[flag].nargs == 0 and (value or after.lower() in ("true", "false")):
-            raise UserError(f"{flag} takes no value: write {' or '.join(flags[flag].option_strings)}")
+        name, _, value = token.partition("=")
+        if name in flags and flags[name].nargs == 0 and (value or after.lower() in ("true", "false")):
+            raise UserError(f"{name} takes no value: write {' or '.join(flags[name].option_strings)}")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.7)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        parser.error(f"unknown setting {' '.join(unknown)}{hint}")
+        refuse(f"unknown setting {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 
 
@@ -1563,10 +1543,6 @@ def nearest_settings(env, settings):
 def built_in(env):
     """Whether `env` names data made on the spot."""
     return env in BUILT_IN or env.startswith("bandit-")
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def at_least(args, low, *names):
@@ -1648,12 +1624,12 @@ def resume_here(Args, given):
     """--resume without a folder: put in the folder where these flags would start a run, if a checkpoint is there."""
     given.pop("resume")
     args = replace(Args(), **given)
-    root = run_root(args, script_of(Args))
-    if any((root / f"seed{seed}" / "checkpoint.pt").exists() for seed in args.seed):
-        given |= dict(resume=str(root), seed=args.seed)
+    folders = list(new_folders(args, script_of(Args)).values())
+    if any((folder / "checkpoint.pt").exists() for folder in folders):
+        given |= dict(resume=str(folders[0].parent), seed=args.seed)
         given.pop("out", None)
     else:
-        print(f"note: no checkpoint to resume in {root}; starting from the beginning")
+        print(f"note: no checkpoint to resume in {folders[0].parent}; starting from the beginning")
 
 
 def script_of(Args):
@@ -1662,8 +1638,7 @@ def script_of(Args):
 
 
 def saved_run(folder, Args):
-    """The settings of the run in `folder` (or of the first of its seeds), which must be one of this script."""
-    folder = next(iter(run_folders(folder).values()))
+    """The settings of the run in `folder`, which must be one of this script."""
     script = script_of(Args).name
     if not (folder / script).exists():
         raise UserError(f"{folder} is not a run of {script}")
@@ -1681,6 +1656,12 @@ Your own file: --data-path FILE (D4RL-style .hdf5, .npz, or a Minari dataset's f
   a dataset above or a Gymnasium environment such as Hopper-v4."""
 
 
+def release():
+    """Give back what the runs of this process hold."""
+    while HELD:
+        HELD.pop().close()
+
+
 def cli(main):
     """Run `main`. What a user can mend is one sentence on stderr and an exit code; a bug keeps its traceback."""
     try:
@@ -1688,7 +1669,7 @@ def cli(main):
             try:
                 return main()
             except CaughtUp:  # resumed seeds that were behind now stand where the others do
-                close_runs()
+                release()
     except UserError as error:
         message, code = str(error), error.code
     except KeyboardInterrupt:
@@ -1701,7 +1682,7 @@ def cli(main):
     except OSError as error:
         message, code = f"{error.strerror or error}: {error.filename or 'while reading or writing files'}", 1
     finally:
-        close_runs()
+        release()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -1927,11 +1908,11 @@ def take_back(learner, before):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Runs: the loop, then its parts: folder, log, terminal, signals, summary, pictures
+# Runs: the loop, then its parts: folder, log, terminal, summary, pictures
 # ----------------------------------------------------------------------------------------------------------------------
 
 BOOKS = ("phase", "step", "done", "owed", "speed", "seconds")  # what a checkpoint holds of a Run
-RUNNING = []  # the runs of this process that are not closed
+HELD = []  # for each run of this process an ExitStack: its locks, files and signal handlers
 
 
 class Stopped(Exception):
@@ -1948,7 +1929,7 @@ class Run:
     learners: one per seed, each with `state` (name -> module, optimiser, generator or tensor: all that a checkpoint
     holds), `generator`, `metrics` (a Metrics) and `act(obs [n, S], generator) -> action [n, A]`.
     protocol: how the paper's score, `args.paper_score`, was measured.
-    phases: name -> updates of all phases in their order.
+    phases: name -> updates, for all phases in their order.
     """
 
     def __init__(self, args, learners, data, script, protocol="", phases=None):
@@ -1958,34 +1939,23 @@ class Run:
         self.phase, self.step, self.done = "", 0, {}  # where the run is; finished phases and their updates
         self.owed = False  # an evaluation that a signal cut short
         self.speed, self.seconds = {}, 0.0  # phase -> [updates, seconds spent on them]; seconds in all
-        self.folders, self.logs, self.goal = [], [], None
-        RUNNING.append(self)
-        if args.resume:
-            found = run_folders(args.resume)
-            self.root, paths = next(iter(found.values())).parent, [found[seed] for seed in args.seed]
-            _, self.goal = furthest_behind(found)
-        else:
-            self.root = run_root(args, self.script)
-            paths = [self.root / f"seed{seed}" for seed in args.seed]
-        for path in paths:
-            self.folders.append(Folder(path))
-        self.signals = Signals()
+        self.held, self.signal, self.rates_before = contextlib.ExitStack(), None, {}
+        HELD.append(self.held)
+        places = run_folders(args.resume) if args.resume else new_folders(args, self.script)
+        self.folders = [places[seed] for seed in args.seed]
+        self.root, self.goal = self.folders[0].parent, furthest_behind(places)[1] if args.resume else None
+        for folder in self.folders:
+            self.held.enter_context(lock(folder))
+        self.hear_signals()
         self.envs = [data.make_env(max_episode_steps=args.max_episode_steps) for _ in range(args.eval_episodes)]
-        self.learning_rates = {}  # where a run was lengthened: before it goes on
         if args.resume:
             self.restore()
         else:
             for folder, seed in zip(self.folders, args.seed):
-                folder.begin(self, seed)
-        for folder, seed in zip(self.folders, args.seed):
-            self.logs.append(Log(folder, self.total, start_wandb(self, folder, seed) if args.wandb else None))
+                begin_folder(folder, self, seed)
+        self.logs = [self.held.enter_context(Log(*place, self)) for place in zip(self.folders, args.seed)]
         self.start, self.drawn = time.monotonic() - self.seconds, time.monotonic()
         self.terminal = Terminal(self)
-
-    @property
-    def total(self):
-        """Updates so far, over all phases."""
-        return count_updates(vars(self))
 
     def updates(self, phase, steps=None, stride=1, evaluate=False, at_end=None):
         """Yield once for every `stride` updates of a phase; in between log, evaluate, save and watch for signals.
@@ -1996,13 +1966,13 @@ class Run:
         self.phases[phase] = steps = -(-steps // stride) * stride
         if self.done.get(phase, -1) >= steps:
             return
-        if phase != self.phase:
-            self.phase, self.step = phase, 0
+        self.step = self.step if phase == self.phase else 0
+        self.phase = phase
         self.done.pop(phase, None)  # a finished run can be lengthened
         self.terminal.open(phase, steps)
         self.restart_clock()
         while self.owed or self.step < steps:
-            saving = evaluating = self.owed  # a resumed run first makes up for the evaluation that a signal cut short
+            saving = evaluating = self.owed  # first of all what a signal cut short
             if not self.owed:
                 yield
                 before, self.step = self.step, self.step + stride
@@ -2017,7 +1987,7 @@ class Run:
             if evaluating:
                 self.evaluate()
             if self.step == steps and not self.owed:
-                self.complete(phase, at_end)
+                self.complete(at_end)
             self.terminal.show(evaluating and not self.owed)
             if saving:
                 self.save()
@@ -2026,37 +1996,22 @@ class Run:
             self.restart_clock()
         self.terminal.close()
         if phase not in self.done:  # no updates at all
-            self.complete(phase, at_end)
+            self.complete(at_end)
 
-    def complete(self, phase, at_end):
-        self.done[phase] = self.step
+    def complete(self, at_end):
+        self.done[self.phase] = self.step
         if at_end:
             at_end()
 
-    def tell_learning_rates(self):
-        """After the first update of a lengthened run: which rates are other than they were."""
-        if self.learning_rates:
-            for name, lr in learning_rates(self.learners[0]).items():
-                if not math.isclose(lr, self.learning_rates[name], rel_tol=1e-3):
-                    print(f"note: the learning rate of {name} was {self.learning_rates[name]:.3g}, now it is {lr:.3g}")
-            self.learning_rates = {}
-
-    def stopping(self):
-        return self.signals.number or self.total == self.goal
-
-    def leave(self):
-        self.terminal.close()
-        if not self.signals.number:
-            raise CaughtUp
-        self.draw()
-        print(f"stopped at {self.phase} {self.step:,} of {self.phases[self.phase]:,}; --resume {self.place} continues",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(128 + self.signals.number)
+    @property
+    def total(self):
+        """Updates so far, over all phases."""
+        return count_updates(vars(self))
 
     @property
     def place(self):
         """Where the files are."""
-        return self.root if len(self.folders) > 1 else self.folders[0].path
+        return self.root if len(self.folders) > 1 else self.folders[0]
 
     def wait(self):
         """Let the streams of all learners come to rest before anything reads or resets what they write."""
@@ -2073,37 +2028,32 @@ class Run:
         count, spent = self.step - self.clock_step, max(time.monotonic() - self.clock, 1e-9)
         updates, seconds = self.speed.get(self.phase, (0, 0.0))
         self.speed[self.phase] = [updates + count, seconds + spent]
-        self.seconds = time.monotonic() - self.start
         metrics = [learner.metrics.read() for learner in self.learners]
         for seed, values in zip(self.args.seed, metrics):
             for name, value in values.items():
                 if not math.isfinite(value):
-                    saved = (self.folders[0].path / "checkpoint.pt").exists()
+                    saved = (self.folders[0] / "checkpoint.pt").exists()
                     rest = f"the last checkpoint in {self.place} is from before that" if saved else "no checkpoint yet"
                     raise RunError(f"{name} became {value} by {self.phase} update {self.step:,} of seed {seed}; {rest}")
-        row = dict(phase=self.phase, step=self.step, total=self.total, seconds=round(self.seconds, 1))
+        row = dict(phase=self.phase, step=self.step, total=self.total, seconds=round(time.monotonic() - self.start, 1))
         for log, values in zip(self.logs, metrics):
             log.add(row | dict(updates_per_second=count / spent) | values)
-        self.terminal.losses = metrics[0]
 
     def evaluate(self):
         """Put an evaluation into the last row of every seed's log; a signal drops it."""
 
         def tick():
-            if self.signals.number:
+            if self.signal:
                 raise Stopped
-            self.terminal.tick()
+            self.terminal.refresh(", evaluating")
 
-        begin = time.monotonic()
+        begin, found = time.monotonic(), []
         try:
-            found = [
-                evaluate(policy_of(learner), self.envs, evaluation_seed(seed), tick)
-                for learner, seed in zip(self.learners, self.args.seed)
-            ]
+            for learner, seed in zip(self.learners, self.args.seed):
+                found.append(evaluate(policy_of(learner), self.envs, evaluation_seed(seed), tick))
         except Stopped:
             return
-        self.owed = False
-        self.terminal.evaluation_seconds = time.monotonic() - begin
+        self.owed, self.terminal.evaluation_seconds = False, time.monotonic() - begin
         for log, returns in zip(self.logs, found):
             values = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
             if (scores := score(self.args.env, returns)) is not None:
@@ -2117,7 +2067,7 @@ class Run:
         self.seconds = time.monotonic() - self.start
         dims = {name: getattr(self.data, name) for name in ("obs_dim", "action_dim", "max_action", "fingerprint")}
         books = {name: getattr(self, name) for name in BOOKS} | dict(dims=dims)
-        parts = [folder.path / "checkpoint.pt.part" for folder in self.folders]
+        parts = [folder / "checkpoint.pt.part" for folder in self.folders]
         try:
             for part, learner in zip(parts, self.learners):
                 torch.save(books | dict(learner=get_state(learner.state)), part)
@@ -2128,72 +2078,91 @@ class Run:
                 f"no checkpoint could be written in {self.root} (disk full?): {reason(error)}; older ones are kept"
             ) from None
         for log, part in zip(self.logs, parts):
-            log.flush()
+            log.board.flush()
             part.replace(part.with_suffix(""))
 
     def restore(self):
         """Continue each seed from its checkpoint; from the beginning where there is none yet."""
         elsewhere = False
         for folder, learner, seed in zip(self.folders, self.learners, self.args.seed):
-            was = folder.about["args"]["steps"]
-            if (folder.path / "checkpoint.pt").exists():
-                checkpoint = load_checkpoint(folder.path, self.args.device)
+            about = read_about(folder)
+            if (folder / "checkpoint.pt").exists():
+                checkpoint = load_checkpoint(folder, self.args.device)
                 if checkpoint["dims"]["fingerprint"] != self.data.fingerprint:
-                    raise UserError(f"these are not the data that {folder.path} was trained on: it cannot go on")
+                    raise UserError(f"these are not the data that {folder} was trained on: it cannot go on")
                 if not set_state(learner.state, checkpoint["learner"]):  # else the first draws would come once more
                     learner.generator.manual_seed(hash((seed, checkpoint["step"])))
                     elsewhere = True
                 for name in BOOKS:
                     setattr(self, name, checkpoint[name])
-            folder.resume(self, seed)
+            write_about(folder, self, seed, about | dict(resumed=[*about.get("resumed", []), now()]))
         print(f"resuming {self.place} {f'at {self.phase} {self.step:,}' if self.phase else 'from its beginning'}")
         if elsewhere:
             print("note: its checkpoint is from another kind of device: the run goes on, but not bit for bit")
-        if was < self.args.steps:
-            print(f"note: {self.args.steps:,} updates instead of {was:,}; schedules over --steps end there now")
-            self.learning_rates = learning_rates(self.learners[0])
+        steps, old = self.args.steps, about["args"]["steps"]
+        if steps > old:
+            print(f"note: {steps:,} updates instead of {old:,}: schedules over --steps stretch to the new end")
+            self.rates_before = learning_rates(self.learners[0])
+
+    def tell_learning_rates(self):
+        """After the first update of a lengthened run: which rates are other than they were."""
+        for name, old in self.rates_before.items():
+            new = learning_rates(self.learners[0])[name]
+            if not math.isclose(new, old, rel_tol=1e-3):
+                print(f"note: the learning rate of {name} was {old:.3g}, now it is {new:.3g}")
+        self.rates_before = {}
+
+    def hear_signals(self):
+        """Of a user or a cluster (SIGUSR1: SLURM's warning). Windows lacks two; only the main thread may hear any."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")):
+                if number and (number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN):  # nohup
+                    self.held.callback(signal.signal, number, signal.signal(number, self.on_signal))
+
+    def on_signal(self, number, frame):
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+
+    def stopping(self):
+        return self.signal or self.total == self.goal
+
+    def leave(self):
+        self.terminal.close()
+        if not self.signal:
+            raise CaughtUp
+        self.draw()
+        where = f"{self.phase} {self.step:,} of {self.phases[self.phase]:,}"
+        print(f"stopped at {where}; --resume {self.place} continues", file=sys.stderr)
+        sys.exit(128 + self.signal)
 
     def draw(self):
         """From the first evaluation on: curve.png of each seed and, with several, one with their mean and band."""
         self.drawn = time.monotonic()
-        if not any("return" in row for row in self.logs[0].rows):
-            return
-        for log, seed in zip(self.logs, self.args.seed):
-            draw_curve(log.folder / "curve.png", [log.rows], self, f"seed {seed}")
-        if len(self.logs) > 1:
-            draw_curve(self.root / "curve.png", [log.rows for log in self.logs], self, f"{len(self.logs)} seeds")
+        if any("return" in row for row in self.logs[0].rows):
+            for log, seed in zip(self.logs, self.args.seed):
+                draw_curve(log.folder / "curve.png", [log.rows], self, f"seed {seed}")
+            if len(self.logs) > 1:
+                draw_curve(self.root / "curve.png", [log.rows for log in self.logs], self, f"{len(self.logs)} seeds")
 
     def finish(self):
         """summary.json of each seed (and of all), the last pictures, and the closing lines."""
         self.seconds = time.monotonic() - self.start
         summaries = [summarise(self, log.rows, seed) for log, seed in zip(self.logs, self.args.seed)]
         for folder, summary in zip(self.folders, summaries):
-            write_text(folder.path / "summary.json", json.dumps(summary, indent=2))
+            write_text(folder / "summary.json", json.dumps(summary, indent=2))
         if len(summaries) > 1:
             write_text(self.root / "summary.json", json.dumps(across_seeds(summaries), indent=2))
         self.draw()
         if self.args.env.startswith("bandit-"):
             for folder, learner, seed in zip(self.folders, self.learners, self.args.seed):
-                draw_bandit(folder.path / "bandit.png", learner, self, seed)
+                draw_bandit(folder / "bandit.png", learner, self, seed)
         print_summary(self, summaries)
-        self.close()
+        self.held.close()
 
     def rates(self):
         """Updates per second of each phase."""
         return {phase: updates / max(seconds, 1e-9) for phase, (updates, seconds) in self.speed.items()}
-
-    def close(self):
-        """Give back what the run holds: bar, log files, signal handlers, locks."""
-        if self in RUNNING:
-            RUNNING.remove(self)
-            for part in (getattr(self, "terminal", None), *self.logs, getattr(self, "signals", None), *self.folders):
-                if part:
-                    part.close()
-
-
-def close_runs():
-    for run in list(RUNNING):
-        run.close()
 
 
 def learning_rates(learner):
@@ -2210,18 +2179,16 @@ def count_updates(books):
 # Folders
 
 
-def run_root(args, script):
-    """The folder of a new run; that of its seeds is in it."""
+def new_folders(args, script):
+    """Seed -> the folder of a new run."""
     name = args.env.replace("/", "-") + (f"@{Path(args.data_path).stem}" if args.data_path else "")
-    return Path(args.out) / script.stem / name
+    return {seed: Path(args.out) / script.stem / name / f"seed{seed}" for seed in args.seed}
 
 
 def run_folders(folder):
     """Seed -> folder: of one run, or of all seeds in `folder`."""
-    folder = Path(folder)
-    seeds = [path for path in folder.glob("seed*") if path.name[4:].isdigit() and (path / "args.json").exists()]
-    found = {saved_args(path, RunArgs)["seed"][0]: path for path in seeds or [folder]}
-    return dict(sorted(found.items()))
+    paths = [path for path in Path(folder).glob("seed*") if path.name[4:].isdigit() and (path / "args.json").exists()]
+    return dict(sorted((saved_args(path, RunArgs)["seed"][0], path) for path in paths or [Path(folder)]))
 
 
 def furthest_behind(folders):
@@ -2234,54 +2201,42 @@ def furthest_behind(folders):
     return tuple(seed for seed in counts if counts[seed] == least), more[0] if more else None
 
 
-class Folder:
-    """The folder of one seed, under a lock for as long as the run lives; that of a killed process vanishes with it."""
-
-    def __init__(self, path):
-        self.path, self.lock = path, FileLock(f"{path}.lock", thread_local=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
+def lock(folder):
+    """Keeps a folder for this process as long as it is held; the lock of a killed process vanishes with it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(f"{folder}.lock", timeout=0, thread_local=False).acquire()
+    except Timeout:
         try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            try:
-                holder = "process {pid} on {host} since {since}".format(**self.about["process"])
-            except (OSError, ValueError, KeyError):
-                holder = "another process"
-            raise UserError(f"{path} is in use by {holder}: wait for its end, or choose another --out") from None
+            holder = "process {pid} on {host} since {since}".format(**read_about(folder)["process"])
+        except (OSError, ValueError, KeyError):
+            holder = "another process"
+        raise UserError(f"{folder} is in use by {holder}: wait for its end, or choose another --out") from None
 
-    @property
-    def about(self):
-        return json.loads((self.path / "args.json").read_text())
 
-    def begin(self, run, seed):
-        """A new folder; an earlier run in the same place is moved aside, never overwritten."""
-        if self.path.exists():
-            aside = next(p for n in itertools.count(1) if not (p := Path(f"{self.path}.old{n}")).exists())
-            self.path.rename(aside)
-            print(f"note: the earlier run in {self.path} is now {aside} (--resume {self.path} would have continued it)")
-        self.path.mkdir()
-        versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium, mujoco)}
-        versions |= dict(python=platform.python_version())
-        cuda = run.args.device.startswith("cuda")
-        self.write(
-            run, seed, versions=versions, processor=processor(),
-            device=torch.cuda.get_device_name(run.args.device) if cuda else "cpu", git=git_state(run.script),
-            started=now(), wandb=os.urandom(4).hex(),
-        )  # fmt: skip
-        for file in (run.script, Path(__file__)):
-            shutil.copy(file, self.path)
+def begin_folder(folder, run, seed):
+    """A new folder; an earlier run in the same place is moved aside, never overwritten."""
+    if folder.exists():
+        aside = next(path for n in itertools.count(1) if not (path := Path(f"{folder}.old{n}")).exists())
+        folder.rename(aside)
+        print(f"note: the earlier run in {folder} is now {aside}; --resume continues either")
+    folder.mkdir()
+    versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium, mujoco)}
+    about = dict(started=now(), git=git_state(run.script), versions=versions | dict(python=platform.python_version()))
+    write_about(folder, run, seed, about | dict(processor=processor(), device=device_name(run.args.device)))
+    for file in (run.script, Path(__file__)):
+        shutil.copy(file, folder)
 
-    def resume(self, run, seed):
-        about = self.about
-        self.write(run, seed, **about | dict(resumed=[*about.get("resumed", []), now()]))
 
-    def write(self, run, seed, **about):
-        args = asdict(run.args) | dict(seed=[seed], resume=None)
-        about |= dict(args=args, process=dict(pid=os.getpid(), host=platform.node(), since=now()))
-        write_text(self.path / "args.json", json.dumps(about, indent=2))
+def write_about(folder, run, seed, about):
+    """args.json: settings, versions, machine, and the process that holds the folder."""
+    process = dict(pid=os.getpid(), host=platform.node(), since=now())
+    about |= dict(process=process, args=asdict(run.args) | dict(seed=[seed], resume=None))
+    write_text(folder / "args.json", json.dumps(about, indent=2))
 
-    def close(self):
-        self.lock.release()
+
+def read_about(folder):
+    return json.loads((folder / "args.json").read_text())
 
 
 def now():
@@ -2292,21 +2247,26 @@ def processor():
     """Name of the CPU."""
     try:
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
+    except (OSError, TypeError):  # not Linux, or not said there
         return platform.processor()
 
 
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
+
+
 def git_state(script):
-    """The commit that `script` stands in, and whether files have changed since; None outside a repository."""
-    git = ["git", "-C", str(script.resolve().parent)]
+    """The commit that `script` stands in and whether files differ from it; None outside a repository."""
+
+    def git(*command):
+        command = ["git", "-C", str(script.resolve().parent), *command]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     try:
-        commit, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        commit = git("rev-parse", "HEAD")
+        return dict(commit=commit, dirty=bool(git("status", "--porcelain", "-uno"))) if commit else None
     except OSError:  # no git here
         return None
-    return dict(commit=commit, dirty=bool(changes)) if commit else None
 
 
 def write_text(path, text):
@@ -2322,11 +2282,11 @@ def write_text(path, text):
 class Log:
     """What one seed writes on its way: metrics.csv, TensorBoard and, if asked, W&B, over the updates of all phases."""
 
-    def __init__(self, folder, total, wandb=None):
-        """total: of the checkpoint, 0 for a new run; what a killed run logged after it is left out."""
-        self.folder, self.path, self.wandb = folder.path, folder.path / "metrics.csv", wandb
-        self.rows, self.columns = [row for row in read_csv(self.path) if row["total"] <= total], {}
-        self.board = SummaryWriter(str(self.folder), purge_step=total + 1 if total else None)
+    def __init__(self, folder, seed, run):
+        self.folder, self.path, self.columns, total = folder, folder / "metrics.csv", {}, run.total
+        self.rows = [row for row in read_csv(self.path) if row["total"] <= total]  # what was logged after is left out
+        self.board = SummaryWriter(str(folder), purge_step=total + 1 if total else None)
+        self.wandb = start_wandb(folder, seed, run) if run.args.wandb else None
 
     def add(self, row):
         self.rows.append(row)
@@ -2360,10 +2320,10 @@ class Log:
         if self.wandb:
             self.wandb.log(values | dict(total=total))
 
-    def flush(self):
-        self.board.flush()
+    def __enter__(self):
+        return self
 
-    def close(self):
+    def __exit__(self, *error):
         with contextlib.suppress(OSError):  # a full disk has been told
             self.board.close()
         if self.wandb:
@@ -2380,15 +2340,16 @@ def read_csv(path):
     return [{name: kinds.get(name, float)(text) for name, text in row.items() if text} for row in rows]
 
 
-def start_wandb(run, folder, seed):
-    """A run of Weights & Biases, the same one again after a resume; its own environment variables choose the rest."""
+def start_wandb(folder, seed, run):
+    """A run of Weights & Biases, the same one after every resume; its own environment variables choose the rest."""
     import wandb
 
     name = f"{run.script.stem} {run.args.env}"
     board = wandb.init(
-        id=folder.about["wandb"], resume="allow", name=f"{name} seed {seed}", dir=folder.path, reinit="create_new",
+        id=hashlib.sha256(f"{folder.resolve()} {read_about(folder)['started']}".encode()).hexdigest()[:16],
+        resume="allow", name=f"{name} seed {seed}", config=asdict(run.args) | dict(seed=seed), dir=folder,
         project=os.environ.get("WANDB_PROJECT", "offline-rl"), group=os.environ.get("WANDB_RUN_GROUP", name),
-        config=asdict(run.args) | dict(seed=seed),
+        reinit="create_new",
     )  # fmt: skip
     board.define_metric("*", step_metric="total")
     return board
@@ -2401,81 +2362,75 @@ class Terminal:
     """What a run says: a block at its start, then a progress bar or, without a terminal, a line now and then."""
 
     def __init__(self, run):
-        self.run, self.bar, self.losses = run, None, {}
-        self.rate = None  # updates per second of the first hundred updates
-        self.first = self.counted = 0  # when they began; updates since
-        self.evaluation_seconds = 0.0
-        self.printed = self.ticked = time.monotonic()
+        self.run, self.bar, self.latest = run, None, ""
+        self.counted, self.rate = 0, math.nan  # updates; how many a second in the first hundred
+        self.evaluation_seconds = self.printed = self.refreshed = 0.0
         args, data = run.args, run.data
         mean = f", mean return {np.mean(data.episode_returns):.1f}" if len(data.episode_returns) else ""
-        device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else processor()
-        limit = next((env.assumed_limit for env in run.envs), None)
-        for name, text in (
-            ("algorithm", ast.get_docstring(ast.parse(run.script.read_text())).split("\n")[0]),
-            ("data", f"{args.env}: {len(data):,} rows, {len(data.episode_returns):,} episodes{mean}"),
-            ("device", f"{args.device} ({device})"),
-            ("phases", ", ".join(f"{phase} {steps:,} updates" for phase, steps in run.phases.items())),
-            ("episodes", limit and f"{limit:,} steps at most (--max-episode-steps): {args.env} has no time limit"),
-            ("files", run.place),
-        ):
+        limit = run.envs and run.envs[0].assumed_limit
+        for name, text in dict(
+            algorithm=ast.get_docstring(ast.parse(run.script.read_text())).split("\n")[0],
+            data=f"{args.env}: {len(data):,} rows, {len(data.episode_returns):,} episodes{mean}",
+            episodes=limit and f"at most {limit:,} steps (--max-episode-steps), as {args.env} has no time limit",
+            device=f"{args.device}, {device_name(args.device)}",
+            phases=", ".join(f"{phase} {steps:,} updates" for phase, steps in run.phases.items()),
+            files=run.place,
+        ).items():
             if text:
                 print(f"{name:<11} {text}", flush=True)
 
     def open(self, phase, steps):
         names = list(self.run.phases)
         self.name = f"{phase} ({names.index(phase) + 1} of {len(names)})"
-        self.bar = Bar(self, total=steps, initial=self.run.step, desc=self.name)
+        self.bar = tqdm(
+            total=steps, initial=self.run.step, desc=self.name, disable=not sys.stderr.isatty(), dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+        )  # fmt: skip
 
     def count(self, stride):
-        """One call of an update; after a hundred (the first, which is slow on a GPU, left out) the estimate."""
+        """After an update. The first, which is slow on a GPU, and a hundred more give the estimate of the time."""
         self.bar.update(stride)
+        self.refresh()
         self.counted += stride
-        if self.rate is None and (self.counted == stride or self.counted >= 100 + stride):
+        if self.counted == stride:
             self.run.wait()
-            if self.counted == stride:
-                self.first = time.monotonic()
-            else:
-                self.rate = (self.counted - stride) / (time.monotonic() - self.first)
-                self.estimate()
-
-    def estimate(self):
-        left = self.seconds_left()
-        self.line(f"{'time':<11} about {duration(left)}, evaluations not counted")
-        if self.run.args.device == "cpu" and left > 3 * 3600:
-            warn(f"this takes about {duration(left)} on a CPU; --steps N is a whole run of a smaller size")
+            self.began = time.monotonic()
+        elif math.isnan(self.rate) and self.counted > 100:
+            self.run.wait()
+            self.rate = (self.counted - stride) / (time.monotonic() - self.began)
+            left = self.seconds_left()
+            self.line(f"time        about {duration(left)}, evaluations not counted")
+            if self.run.args.device == "cpu" and left > 3 * 3600:
+                warn(f"this takes about {duration(left)} on a CPU; --steps N is a whole run of a smaller size")
 
     def seconds_left(self):
         """Of the whole run; a phase that is still to come is taken to be as fast as this one."""
-        run, rates, steps = self.run, self.run.rates(), 0
-        seconds, rate = 0.0, rates.get(run.phase, self.rate) or math.inf
+        run, rates, seconds, steps = self.run, self.run.rates(), 0.0, 0
         for phase in [phase for phase in run.phases if phase not in run.done]:
             steps = run.phases[phase] - (run.step if phase == run.phase else 0)
-            seconds += steps / rates.get(phase, rate)
+            seconds += steps / rates.get(phase, rates.get(run.phase, self.rate))
         return seconds + steps // run.args.eval_every * self.evaluation_seconds  # the last phase has evaluations
 
-    def tick(self):
-        """The bar goes on while an evaluation lasts."""
-        if not self.bar.disable and time.monotonic() - self.ticked > 0.5:
-            self.ticked = time.monotonic()
-            self.bar.set_description_str(f"{self.name}, evaluating")
+    def refresh(self, note=""):
+        """The bar, twice a second at most; it goes on while an evaluation lasts."""
+        if not self.bar.disable and time.monotonic() - self.refreshed > 0.5:
+            self.refreshed = time.monotonic()
+            self.bar.set_postfix_str(f"{duration(self.seconds_left())} left{self.latest}", refresh=False)
+            self.bar.set_description_str(self.name + note)
 
     def show(self, evaluated):
         """After a row of the log: a line if there was an evaluation; without a terminal every ten seconds too."""
-        run = self.run
-        latest = [next((row for row in reversed(log.rows) if "return" in row), None) for log in run.logs]
-        text = ""
-        if all(latest):
-            mean = lambda key: f"{key} {np.mean([row[key] for row in latest]):.1f}"
-            text = mean("return") + (f", {mean('score')}" if "score" in latest[0] else "")
-        self.bar.set_description_str(self.name, refresh=False)
-        self.bar.set_postfix_str(text)
-        steps = run.phases[run.phase]
-        if evaluated or (self.bar.disable and (run.step == steps or time.monotonic() - self.printed > 10)):
+        run, rows = self.run, [log.rows[-1] for log in self.run.logs]
+        if evaluated:
+            mean = lambda key: f"{key} {np.mean([row[key] for row in rows]):.1f}"
+            self.latest = " | " + mean("return") + (f", {mean('score')}" if "score" in rows[0] else "")
+        steps, finished = run.phases[run.phase], run.phase in run.done
+        if evaluated or (self.bar.disable and (finished or time.monotonic() - self.printed > 10)):
             self.printed = time.monotonic()
-            losses = ", ".join(f"{name} {value:.3g}" for name, value in list(self.losses.items())[:4])
-            line = f"{run.phase} {run.step:,}/{steps:,} | {run.rates()[run.phase]:.0f} updates/s"
-            line += f", {duration(self.seconds_left())} left"
-            self.line(" | ".join(part for part in (line, losses, text) if part))
+            losses = [f"{name} {value:.3g}" for name, value in rows[0].items() if name.endswith("_loss")]
+            rate, left = run.rates()[run.phase], duration(self.seconds_left())
+            line = f"{run.phase} {run.step:,}/{steps:,} | {rate:.0f} updates/s, {left} left | {', '.join(losses[:4])}"
+            self.line(line + self.latest)
 
     def line(self, text):
         """Above the bar."""
@@ -2483,54 +2438,17 @@ class Terminal:
             print(text, flush=True)
 
     def close(self):
-        if self.bar:
-            self.bar.close()
-
-
-class Bar(tqdm):
-    """A progress bar of one phase that tells the time left of the whole run."""
-
-    def __init__(self, terminal, **options):
-        self.terminal = terminal
-        bar = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {left} left{postfix}"
-        super().__init__(bar_format=bar, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
-
-    @property
-    def format_dict(self):
-        return super().format_dict | dict(left=duration(self.terminal.seconds_left()))
+        self.bar.close()
 
 
 def duration(seconds):
     """Rounded, in its natural unit: 40 s, 12 min, 5.2 h, 3.1 days."""
+    if math.isnan(seconds):
+        return "?"
     for unit, name in ((86400, "days"), (3600, "h")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.1f} {name}"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
-
-
-# Signals
-
-
-class Signals:
-    """Notes the first signal that asks the run to end; a second Ctrl-C ends it at once."""
-
-    def __init__(self):
-        self.number, self.before = None, {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # SIGUSR1: SLURM's warning; Windows lacks the last two
-            number = getattr(signal, name, None)
-            nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN if number else True
-            if not nohup and threading.current_thread() is threading.main_thread():  # others may not set handlers
-                self.before[number] = signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = self.number or number
-
-    def close(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
 
 
 # Summary
@@ -2568,7 +2486,7 @@ def print_summary(run, summaries):
         print(f"paper       score {run.published} ({run.protocol})")
     rates = ", ".join(f"{phase} {rate:.0f}" for phase, rate in run.rates().items())
     print(f"speed       {rates} updates/s; {duration(run.seconds)} in all")
-    pictures = sorted({path.name for folder in run.folders for path in folder.path.glob("*.png")})
+    pictures = sorted({path.name for folder in run.folders for path in folder.glob("*.png")})
     if pictures:
         print(f"pictures    {', '.join(pictures)}")
     print(f"files       {run.place}")

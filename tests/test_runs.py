@@ -34,13 +34,11 @@ class Args(RunArgs):
     eval_episodes: int = 0
     log_every: int = 10
     checkpoint_every: int = 20
+    # Updates before
+    # the first
     head_start: int = 10
-    """Updates before
-    the first."""
-    lr: float = 1.0
-    """Learning rate, 100 % of it."""
-    lr_decay: bool = False
-    """Whether it decays."""
+    lr: float = 1.0  # Learning rate, 100 % of it
+    lr_decay: bool = False  # Whether it decays
     mode: Literal["soft", "hard"] = "soft"
     weights: tuple[float, ...] = (1.0, 2.0)
     bound: float | None = None
@@ -79,7 +77,7 @@ class Data(SimpleNamespace):
 
 def make_run(tmp_path, data=None, phases=None, **settings):
     """A new run; one before it in this process is over."""
-    common.close_runs()
+    common.release()
     args = Args(out=str(tmp_path), **settings)
     learners = [Counter(args, None, seed) for seed in args.seed]
     return Run(args, learners, data or Data(), __file__, "", phases), learners
@@ -87,7 +85,7 @@ def make_run(tmp_path, data=None, phases=None, **settings):
 
 def resumed(monkeypatch, *flags, data=None, phases=None):
     """A run that continues as the command line says."""
-    common.close_runs()
+    common.release()
     args = parsed(monkeypatch, *flags)
     learners = [Counter(args, None, seed) for seed in args.seed]
     return Run(args, learners, data or Data(), __file__, "", phases), learners
@@ -100,11 +98,11 @@ def train(run, learners, steps=100, phase="update", **options):
 
 
 @pytest.fixture(autouse=True)
-def close_runs():
+def release():
     """Signal handlers and locks are given back."""
     before = signal.getsignal(signal.SIGTERM)
     yield
-    common.close_runs()
+    common.release()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -200,8 +198,8 @@ def test_help_is_grouped_and_shows_the_values_of_the_env(monkeypatch, capsys):
         return " ".join(out.split())
 
     text = help_of("--env", "hopper-medium-v2")
-    assert "those of hopper-medium-v2;" in text and "100 % of it. (default: 0.5)" in text
-    assert text.index("Updates before the first. (default: 100)") < text.index("--seed")  # the algorithm's own first
+    assert "those of hopper-medium-v2;" in text and "100 % of it (default: 0.5)" in text
+    assert text.index("Updates before the first (default: 100)") < text.index("--seed")  # the algorithm's own first
     assert "those of pendulum-demo-medium;" in help_of() and "(default: 0.125)" in help_of()
     assert "those of hopper-medium-v2;" in help_of("--env", "Hopper-v4")
 
@@ -227,7 +225,7 @@ def test_csv_grows_by_columns_and_resumes_without_doubles(tmp_path, monkeypatch)
     train(run, learners, 30, phase="first")
     for _ in run.updates("second", 20):
         learners[0].metrics.add(other=torch.tensor(1.0))
-    path = run.folders[0].path / "metrics.csv"
+    path = run.folders[0] / "metrics.csv"
     rows = common.read_csv(path)
     assert [(row["phase"], row["step"], row["total"]) for row in rows] == [
         ("first", 10, 10),
@@ -336,21 +334,21 @@ def test_a_signal_in_an_evaluation_drops_it_and_the_resumed_run_makes_it(tmp_pat
     settings = dict(seed=(0, 1), steps=steps, eval_every=60, eval_episodes=1)
     whole, learners = make_run(tmp_path / "whole", **settings)
     train(whole, learners, steps, evaluate=True)
-    rows = [common.read_csv(folder.path / "metrics.csv") for folder in whole.folders]
+    rows = [common.read_csv(folder / "metrics.csv") for folder in whole.folders]
 
     run, learners = make_run(tmp_path, data=Slow(number=number), **settings)
     with pytest.raises(SystemExit):
         train(run, learners, steps, evaluate=True, at_end=lambda: pytest.fail("the phase is not over"))
-    assert all("return" not in row for row in common.read_csv(run.folders[0].path / "metrics.csv"))
-    checkpoint = common.load_checkpoint(run.folders[0].path)
+    assert all("return" not in row for row in common.read_csv(run.folders[0] / "metrics.csv"))
+    checkpoint = common.load_checkpoint(run.folders[0])
     assert (checkpoint["step"], checkpoint["owed"], checkpoint["done"]) == (60, True, {})
 
     run, learners = resumed(monkeypatch, "--resume", run.root)
     ends = []
     train(run, learners, steps, evaluate=True, at_end=lambda: ends.append(run.step))
-    assert ends == [steps] and common.load_checkpoint(run.folders[1].path)["done"] == dict(update=steps)
+    assert ends == [steps] and common.load_checkpoint(run.folders[1])["done"] == dict(update=steps)
     for before, folder in zip(rows, run.folders):
-        after = common.read_csv(folder.path / "metrics.csv")
+        after = common.read_csv(folder / "metrics.csv")
         keys = ("phase", "step", "return", "return_std", "toy_loss")
         assert [[row.get(key) for key in keys] for row in after] == [[row.get(key) for key in keys] for row in before]
 
@@ -359,7 +357,7 @@ def test_a_second_ctrl_c_ends_at_once_other_signals_do_not(tmp_path):
     run, _ = make_run(tmp_path)
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
         os.kill(os.getpid(), number)
-    assert run.signals.number == signal.SIGUSR1
+    assert run.signal == signal.SIGUSR1
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -369,7 +367,7 @@ def test_nohup_is_respected(tmp_path):
     try:
         run, _ = make_run(tmp_path)
         os.kill(os.getpid(), signal.SIGHUP)
-        assert run.signals.number is None
+        assert run.signal is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -482,7 +480,7 @@ def test_resume_takes_all_settings_from_the_run(tmp_path, monkeypatch, capsys):
 def test_a_moved_run_goes_on_where_it_is(tmp_path, monkeypatch):
     run, learners = make_run(tmp_path / "a")
     train(run, learners, 20)
-    run.close()
+    run.held.close()
     moved = run.place.rename(tmp_path / "kept")
     run, learners = resumed(monkeypatch, "--resume", moved)
     train(run, learners, 40)
@@ -570,13 +568,13 @@ def test_seeds_that_stand_apart_resume_each_from_its_own(tmp_path, monkeypatch, 
     seen, weights = [], {}
     run, learners = make_run(tmp_path, seed=(0, 1, 2, 3))
     train(run, learners, 20, phase="first", at_end=lambda: [learner.weight.add_(1000) for learner in learners])
-    (run.folders[3].path / "checkpoint.pt").unlink()
+    (run.folders[3] / "checkpoint.pt").unlink()
     for seed, updates in ((1, 33), (2, 80)):
         run, learners = resumed(monkeypatch, "--resume", run.root / f"seed{seed}")
         with contextlib.suppress(SystemExit):
             for _ in run.updates("second", 80):
                 learners[0].update()
-                run.signals.number = 15 if run.step + 1 == updates < 80 else None
+                run.signal = 15 if run.step + 1 == updates < 80 else None
     common.cli(main)
     assert seen == [((3,), 0), ((0, 3), 20), ((0, 1, 3), 53), ((0, 1, 2, 3), 100)]
     assert weights == {seed: 1100 for seed in range(4)}
@@ -605,7 +603,7 @@ def test_evaluation_takes_no_flag_that_does_nothing(tmp_path, monkeypatch):
         parsed(monkeypatch, "--evaluate", run.place, "--steps", "5")
 
 
-@pytest.mark.parametrize("env, words", [("halfcheetah-demo-medium", "observations have 3 numbers, not 17")])
+@pytest.mark.parametrize("env, words", [("halfcheetah-demo-medium", "takes 3 numbers and gives 1, there are 17 and 6")])
 def test_evaluation_in_another_environment(tmp_path, monkeypatch, env, words):
     run, learners = make_run(tmp_path)
     train(run, learners, 20)
@@ -697,7 +695,7 @@ def test_tensorboard_keeps_all_phases_after_a_kill(tmp_path, monkeypatch):
     run, learners = resumed(monkeypatch, "--resume", run.place)
     train(run, learners, 30, phase="first")
     train(run, learners, 60, phase="second", evaluate=True)
-    run.close()
+    run.held.close()
     curves = tensorboard(run.place)
     assert curves["first/toy_loss"] == [10, 20, 30]
     assert curves["second/toy_loss"] == [40, 50, 60, 70, 80, 90]
