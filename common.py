@@ -23,14 +23,12 @@ import platform
 import re
 import shutil
 import signal
-import ssl
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -121,13 +119,9 @@ antmaze-large-diverse-v2 231183710 - 84f775eb7956ea9cc766704710dc520a8ab357adc75
 pen-human-v1 2040573 - 209e345b2150b633f30a11612612c60f49e941f127ce6c4dc0cd790501c46f9f
 pen-cloned-v1 155074191 - 6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22
 pen-expert-v1 262040663 - 3791b8ca6a802061770af2977c051ac3ae261488210ce73788760a5b8308f374
-halfcheetah-full-replay-v2 - - -
-hopper-full-replay-v2 - - -
-walker2d-full-replay-v2 - - -
-kitchen-complete-v0 - - -
-kitchen-partial-v0 - - -
-kitchen-mixed-v0 - - -
 """
+UNKNOWN_FILES = [f"{robot}-full-replay-v2" for robot in ("halfcheetah", "hopper", "walker2d")]  # none published
+UNKNOWN_FILES += [f"kitchen-{kind}-v0" for kind in ("complete", "partial", "mixed")]
 KITCHEN_FILES = {
     "complete": "mini_kitchen_microwave_kettle_light_slider-v0",
     "partial": "kitchen_microwave_kettle_light_slider-v0",
@@ -160,8 +154,9 @@ def server_path(name: str) -> str:
 
 
 DATASETS = {}
-for _name, *_sizes, _sha256 in (line.split() for line in KNOWN_FILES.split("\n") if line):
-    DATASETS[_name] = Source(server_path(_name), tuple(int(s) for s in _sizes if s != "-"), _sha256.strip("-"))
+for _name, *_sizes, _sha256 in map(str.split, KNOWN_FILES.strip().split("\n")):
+    DATASETS[_name] = Source(server_path(_name), tuple(int(size) for size in _sizes if size != "-"), _sha256)
+DATASETS |= {_name: Source(server_path(_name), (), "") for _name in UNKNOWN_FILES}
 
 # Names of arrays: here, and in the files (either is read); a file must hold those in NEEDED.
 KEYS = {
@@ -171,6 +166,7 @@ KEYS = {
     "terminal": "terminals",
     "timeout": "timeouts",
     "next_obs": "next_observations",
+    "mask": "masks",
 }
 NEEDED = ("obs", "action", "reward", "terminal")
 
@@ -185,6 +181,7 @@ REFERENCE = {
     "kitchen": (0.0, 4.0),
 }
 KITCHEN_HORIZON = 280  # steps; the kitchen's files mark no time limits
+ACTION_SLACK = 0.05  # actions may be this far outside their box, in halves of it
 
 # Data made on the spot: the (gain, noise) levels of each variant's controller, one per episode in turn; None: random.
 BUILT_IN = {
@@ -197,12 +194,7 @@ BUILT_IN = {
     "pendulum-demo-medium": ((0.4, 1.0),),
     "pendulum-demo-expert": ((1.0, 0.1),),
 }
-# Some of Minari's ids, only to suggest them where a name is unknown.
-MINARI_IDS = [f"mujoco/{robot}/{level}-v0" for robot in GYM_FAMILIES for level in ("simple", "medium", "expert")]
-MINARI_IDS += [f"D4RL/pen/{kind}-v2" for kind in ("human", "cloned", "expert")]
-
-# Where the recordings are judged. v4 and not v5: Walker2d-v5 has other feet, and v5 pays no healthy reward on the
-# last step, so returns would not be comparable with those of the v2 data.
+# Where the recordings are judged: v4 and not v5, see make_env.
 GYM_IDS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "pendulum": "Pendulum-v1"}
 
 # D4RL's mazes: 1 is wall, a cell is 4 m wide, the ant starts in cell (1, 1); second the goal cell (row, column).
@@ -238,7 +230,7 @@ class Batch(NamedTuple):
     action: torch.Tensor  # [B, A]
     reward: torch.Tensor  # [B]
     next_obs: torch.Tensor  # [B, S]
-    next_action: torch.Tensor  # [B, A]
+    next_action: torch.Tensor  # [B, A], NaN where the data are not in time order
     terminal: torch.Tensor  # [B]
 
 
@@ -253,23 +245,25 @@ class Dataset:
     rows: torch.Tensor  # [N, 2 S + 2 A + 2] float32
     obs_dim: int
     action_dim: int
-    episode: torch.Tensor  # [N] int64, episode of each row
-    step: torch.Tensor  # [N] int64, place of each row in its episode
-    episode_returns: np.ndarray  # raw return of each complete episode, time-limit rows included
+    episode: torch.Tensor | None  # [N] int64, episode of each row; None where the rows are not in time order
+    step: torch.Tensor | None  # [N] int64, place of each row in its episode
+    episode_returns: np.ndarray  # raw return of each complete episode, time-limit rows included; perhaps empty
     make_env: Callable[[], gymnasium.Env]  # one environment for evaluation
     max_action: float = 1.0
     fingerprint: str = ""  # of the rows as they were loaded
 
     @classmethod
     def from_arrays(
-        cls, name, obs, action, reward, terminal, timeout, make_env, *, next_obs=None, ends=None, max_action=1.0
-    ) -> "Dataset":
+        cls, name, obs, action, reward, terminal, timeout, make_env, *, next_obs=None, ends=None, in_order=True,
+        max_action=1.0,
+    ) -> "Dataset":  # fmt: skip
         """Pack time-ordered arrays: obs [N, S], action [N, A], reward, terminal, timeout [N] (the last two bool).
 
         `next_obs` [N, S] given: all rows are kept; the last row of an episode repeats its own action as next action.
         Not given: D4RL's `qlearning_dataset` rule: the successor is the next row, so the last row and all time-limit
         rows are dropped, and a terminal row points into the next episode (harmless where terminal masks it).
         `ends` [N, S] replaces next_obs at terminal rows only, for methods that look at the last state itself.
+        `in_order` False: rows in any order with their next_obs; nothing is known of next actions and episodes.
         """
         end = terminal | timeout
         if next_obs is None:
@@ -286,15 +280,18 @@ class Dataset:
         following = obs[after] if next_obs is None else next_obs
         if ends is not None:
             following = np.where(terminal[keep, None], ends[keep], following)
-        columns = (obs[keep], action[keep], reward[keep, None], following, action[after], terminal[keep, None])
-        rows = np.concatenate(columns, axis=1, dtype=np.float32)
+        next_action = action[after] if in_order else np.full_like(action, np.nan)
+        columns = (obs[keep], action[keep], reward[keep, None], following, next_action, terminal[keep, None])
+        rows = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32))
 
-        first = np.flatnonzero(np.concatenate([[True], end[:-1]]))  # first row of each episode
-        episode = np.cumsum(end) - end
-        step = np.arange(len(obs)) - first[episode]
-        returns = np.add.reduceat(reward.astype(np.float64), first)
-        returns = returns if end[-1] else returns[:-1]
-        rows, episode, step = (torch.from_numpy(array) for array in (rows, episode[keep], step[keep]))
+        episode, step, returns = None, None, np.zeros(0)
+        if in_order:
+            first = np.flatnonzero(np.concatenate([[True], end[:-1]]))  # first row of each episode
+            episode = np.cumsum(end) - end
+            step = np.arange(len(obs)) - first[episode]
+            returns = np.add.reduceat(reward.astype(np.float64), first)
+            returns = returns if end[-1] else returns[:-1]
+            episode, step = torch.from_numpy(episode[keep]), torch.from_numpy(step[keep])
         digest = hashlib.sha256(rows.numpy()).hexdigest()[:16]
         return cls(name, rows, obs.shape[1], action.shape[1], episode, step, returns, make_env, max_action, digest)
 
@@ -317,8 +314,13 @@ class Dataset:
 
     def to(self, device) -> "Dataset":
         """The same data on `device`."""
-        moved = {key: getattr(self, key).to(device) for key in ("rows", "episode", "step")}
-        return replace(self, **moved)
+        columns = {key: getattr(self, key) for key in ("rows", "episode", "step")}
+        return replace(self, **{key: value.to(device) for key, value in columns.items() if value is not None})
+
+    def need_order(self, what: str) -> None:
+        """Raise UserError if the rows are not in time order, for a method that needs it for `what`, such as returns."""
+        if self.episode is None:
+            raise UserError(f"{self.name}: this method needs {what}, unknown here: the rows are not in time order")
 
     def split(self, rows: torch.Tensor) -> Batch:
         """Name the columns of packed rows [B, 2 S + 2 A + 2]; no copy."""
@@ -335,13 +337,11 @@ class Dataset:
     action = property(lambda self: self.split(self.rows).action)
     reward = property(lambda self: self.split(self.rows).reward)
     next_obs = property(lambda self: self.split(self.rows).next_obs)
-    next_action = property(lambda self: self.split(self.rows).next_action)
+    next_action = property(lambda self: self.need_order("next actions") or self.split(self.rows).next_action)
     terminal = property(lambda self: self.split(self.rows).terminal)
 
 
-def load_dataset(
-    env: str, data_path: str | None = None, *, timeout_rule: Callable | None = None, true_next_obs: bool = False
-) -> Dataset:
+def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False, judge=True) -> Dataset:
     """Transitions for `env`, on the CPU, actions in [-1, 1].
 
     env: a D4RL name, a Minari id, a built-in name, or a 2-D scene, whose actions keep their scale (`max_action`); with
@@ -350,7 +350,10 @@ def load_dataset(
     timeout_rule: terminal [N] bool -> timeout [N] bool, instead of the data's own time limits.
     true_next_obs: at terminal rows take next_obs from the file's next_observations, or else the row's own obs, in place
         of the next episode's first state.
-    Minari data hold every true successor, so neither of the two is needed there: their time-limit rows are kept.
+    judge: False if nothing will be evaluated: then data may be read without their environment. The box of actions is
+        then the Minari set's own, or [-1, 1] if that holds them, or what they span.
+    Minari data hold every true successor, so that the first two are not needed and time-limit rows are kept. Other rows
+    are expected in time order, unless they bring next_observations (see `find_ends`).
     Raises UserError or RunError with one sentence that says what to do.
     """
     if env in SCENES:
@@ -358,38 +361,56 @@ def load_dataset(
             raise UserError(f"{env} makes its own data, so --data-path cannot be used with it")
         return load_scene(env)
     path = Path(data_path).expanduser() if data_path else None
-    minari = path.is_dir() if path else is_minari(env)
-    if path:
-        check_judge(env, path)
-    if minari:
-        raw, timeout_rule = read_minari(path.name if path else env, path), None
-    elif path:
-        raw = read_file(path, true_next_obs)
-    elif env in BUILT_IN:
-        raw = load_built_in(env)
-    elif env in DATASETS:
-        make_env(env).close()  # a package that it lacks is better known before a long download
-        raw = read_file(download(env), true_next_obs)
-    else:
+    original = next((name for name in DATASETS if path and Path(DATASETS[name].path).name == path.name), env)
+    family = original.split("-")[0]
+    if env.split("-")[0] != family and (family not in GYM_FAMILIES or env.lower() != f"{family}-v4"):
+        raise UserError(f"{path.name} cannot be evaluated in {env}, whose physics differ: use --env {original}")
+    if path.is_dir() if path else is_minari(env):
+        raw, box = read_minari(path.name if path else env, path)
+        dim, box, _ = judge_spaces(env) if judge else (None, box, None)
+        check_arrays(raw, env, dim, box)
+        return Dataset.from_arrays(env, **raw, make_env=functools.partial(make_env, env))
+    if not (path or env in BUILT_IN or env in DATASETS):
         raise unknown_dataset(env)
 
-    with make_env(env) as judge:
-        check_arrays(raw, env, judge)
-        horizon = None if judge.assumed_limit or not judge.spec else judge.spec.max_episode_steps
-        horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else horizon
-    set_timeouts(raw, env, horizon, timeout_rule)
-    if true_next_obs and not minari:
-        raw["ends"] = raw.pop("next_obs", raw["obs"])
-    data = Dataset.from_arrays(env, **raw, make_env=functools.partial(make_env, env))
-    if len(data.episode_returns) == 0:
+    dim, box, horizon = judge_spaces(env, needed=judge)  # a package that it lacks is known before a long download
+    raw = load_built_in(env) if env in BUILT_IN and not path else read_file(path or download(env))
+    check_arrays(raw, env, dim, box)
+    horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else horizon
+    in_order, sure = find_ends(raw, env, horizon, timeout_rule), "next_obs" in raw
+    if in_order:
+        ends = raw.pop("next_obs", raw["obs"])
+        raw["ends"] = np.where(np.isfinite(ends), ends, raw["obs"]) if true_next_obs else None
+    data = Dataset.from_arrays(env, **raw, in_order=in_order, make_env=functools.partial(make_env, env))
+    if len(data.episode_returns) == 0 and not sure:
         raise UserError(f"{env}: the data hold no complete episode: no row is marked as terminal or as a time limit")
     return data
 
 
+def judge_spaces(env, needed=True):
+    """Size of observations, box of actions and time limit in the environment of `env`; None, None, None without one.
+
+    One step is made, because an environment that breaks Gymnasium's rules is better known before the training.
+    """
+    try:
+        with make_env(env) as judge:
+            judge.reset(seed=0)
+            judge.step(np.zeros(judge.action_space.shape, np.float32))
+            limit = None if judge.assumed_limit or not judge.spec else judge.spec.max_episode_steps
+            return judge.observation_space.shape[0], judge.original_action_space, limit
+    except Unfit:
+        raise
+    except UserError as error:
+        if needed:
+            raise UserError(f"{error} (--eval-episodes 0 trains without an environment)") from error
+        print(f"note: {error}; without evaluations it is not needed")
+        return None, None, None
+
+
 def unknown_dataset(env: str) -> UserError:
-    if env in gymnasium.registry:
+    if ":" in env or env in gymnasium.registry:
         return UserError(f'"{env}" is an environment, not a dataset: give its data by --data-path, or see --env help')
-    near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES, *MINARI_IDS])
+    near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES])
     return UserError(f'unknown dataset "{env}": did you mean {near}? --env help lists all')
 
 
@@ -415,15 +436,12 @@ def download(name: str) -> Path:
         except OSError as error:
             raise RunError(f"cannot write {path}: {error}") from error
     try:
-        open_hdf5(path, source.sizes).close()
-    except RunError as error:
+        open_arrays(path, source.sizes).close()
+    except CutOff as error:
         raise RunError(f"{error}: delete it and run again, or set D4RL_DATASET_DIR to another folder") from error
     if source.sizes and path.stat().st_size not in source.sizes:
         warn(f"{path} is not one of the known versions of {name} (other size); continuing")
     return path
-
-
-NETWORK_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)  # all else of OSError: the disk
 
 
 def fetch(name: str, path: Path) -> None:
@@ -433,7 +451,7 @@ def fetch(name: str, path: Path) -> None:
         url = server.format(path=source.path, file=path.name)
         try:
             digest = fetch_url(url, part)
-            with open_hdf5(part, source.sizes) as file:
+            with open_arrays(part, source.sizes) as file:
                 missing = [key for key in NEEDED if KEYS[key] not in file]
             if missing:
                 raise RunError(f"the file has no {' '.join(KEYS[key] for key in missing)}")
@@ -441,10 +459,8 @@ def fetch(name: str, path: Path) -> None:
                 warn(f"{url} is not the known version of {name} (SHA-256 {digest}); continuing")
             os.replace(part, path)
             return
-        except urllib.error.HTTPError as error:
-            failures.append(f"{url}: HTTP {error.code} {error.reason}")
-        except (RunError, http.client.HTTPException, *NETWORK_ERRORS) as error:
-            failures.append(f"{url}: {getattr(error, 'reason', error)}")
+        except (RunError, http.client.HTTPException, OSError) as error:
+            failures.append(f"{url}: {error}")
         finally:
             part.unlink(missing_ok=True)
     raise RunError(
@@ -473,46 +489,67 @@ def fetch_url(url: str, part: Path) -> str:
     return digest.hexdigest()
 
 
-def open_hdf5(path: Path, sizes: tuple[int, ...] = ()) -> h5py.File:
-    """h5py notices by itself when the end of a file is missing; `sizes` only makes the sentence clearer."""
+class CutOff(RunError):
+    """A file that cannot be whole."""
+
+
+def open_arrays(path: Path, sizes: tuple[int, ...] = ()):
+    """An open HDF5 file or .npz, told apart by its first bytes; `sizes` only serve the sentence on a cut-off file."""
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        found = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+        if zipped := start.startswith((b"PK\3\4", b"PK\5\6")):
+            return np.load(path)
+        if start.startswith(b"\x89HDF") or h5py.is_hdf5(path):
+            return h5py.File(path, "r")
+    except (OSError, zipfile.BadZipFile) as error:
+        if "unable to lock" in str(error):
+            why = "a program writes it, or its file system has no locks (HDF5_USE_FILE_LOCKING=FALSE does without)"
+            raise RunError(f"{path} is locked: {why}") from error
+        if getattr(error, "errno", None):
+            raise RunError(f"{path} cannot be read: {os.strerror(error.errno)}") from error
+        kind = ".npz" if zipped else "HDF5"
         expected = f", expected {' or '.join(map(str, sizes))}" if sizes else ""
-        why = "is empty" if found == 0 else f"is not a complete HDF5 file (found {found} bytes{expected})"
-        raise RunError(f"{path} {why}") from error
+        raise CutOff(f"{path} is not a complete {kind} file (found {path.stat().st_size} bytes{expected})") from error
+    if not start:
+        raise CutOff(f"{path} is empty")
+    kinds = {b"\x80": " but a pickle", b"<": " but a web page", b"\x93NUMPY": " but a single .npy array"}
+    kind = next((kind for first, kind in kinds.items() if start.startswith(first)), "")
+    raise RunError(f"{path} is neither an HDF5 file nor an .npz{kind}")
 
 
 # Readers: each gives a dict of arrays named as in KEYS
 
 
-def read_file(path: Path, with_next_obs: bool) -> dict[str, np.ndarray]:
-    """Arrays of a D4RL-style .hdf5 or an .npz; keys as in KEYS, floats as float32."""
-    wanted = {short: long for short, long in KEYS.items() if short != "next_obs" or with_next_obs}
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of a D4RL-style HDF5 file or an .npz; keys as in KEYS, floats as float32."""
     if not path.is_file():
         raise UserError(f"--data-path {path}: no such file or Minari dataset folder")
-    if path.stat().st_size == 0:
-        raise RunError(f"{path} is empty")
-    try:
-        with np.load(path) if path.suffix == ".npz" else open_hdf5(path) as file:
-            found = {short: file[name] for short, long in wanted.items() for name in (short, long) if name in file}
-            missing = [KEYS[short] for short in NEEDED if short not in found]
-            if missing:
-                raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(file))[:200]}")
-            for short, value in found.items():
+    with open_arrays(path) as file:
+        names = {short: name for short, long in KEYS.items() for name in (short, long) if name in file}
+        missing = [KEYS[short] for short in NEEDED if short not in names]
+        if missing:
+            raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(file))[:200]}")
+        arrays = {}
+        for short, name in names.items():
+            try:
+                value = file[name]
+                if isinstance(value, h5py.Group):
+                    raise TypeError(f"it is a group of {', '.join(value)}")
                 floats = isinstance(value, h5py.Dataset) and value.dtype.kind == "f"
                 # h5py converts in small pieces, so float64 files need no second copy
-                found[short] = value.astype(np.float32)[()] if floats else np.asarray(value)
-            return found
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise RunError(f"cannot read {path}, the file is damaged: {error}") from error
+                arrays[short] = value.astype(np.float32)[()] if floats else np.asarray(value)
+            except Exception as error:  # each library has its own
+                raise RunError(f"{name} in {path} cannot be read: {reason(error)}") from error
+        return arrays
 
 
 # Minari
 
 
 def is_minari(env: str) -> bool:
+    if ":" in env or env in gymnasium.registry:
+        return False
     return "/" in env or (minari_folder(env) / "data").is_dir()
 
 
@@ -524,34 +561,38 @@ def minari_folder(env: str) -> Path:
 def open_minari(env: str, folder: Path | None = None, download: bool = False):
     """A Minari dataset by its id, or by its folder. What goes wrong while it is in use becomes one sentence."""
     folder = folder or minari_folder(env)
-    near = nearest(env, MINARI_IDS)
-    download = download and not (folder / "data").is_dir()
-    if download and not re.search(r"-v\d+$", env):
-        raise UserError(f'Minari ids end in a version such as -v0, "{env}" does not: did you mean {near}?')
+    folder = folder if folder.name == "data" else folder / "data"
     try:
         import minari
 
-        if download:
+        if download and not folder.is_dir():
+            if not re.search(r"-v\d+$", env):
+                raise UserError(f'Minari ids end in a version such as -v0: did you mean "{env}-v0" by "{env}"?')
             print(f"downloading the Minari dataset {env}", flush=True)
             minari.download_dataset(env)
-        yield minari.MinariDataset(folder if folder.name == "data" else folder / "data")
+        yield minari.MinariDataset(folder)
     except UserError:
         raise
     except ImportError as error:
         missing = error.name or "that fetches them"
         raise UserError(f'Minari data need the package {missing}: pip install "minari[hdf5,hf]" pillow') from error
     except Exception as error:  # the package lets through many kinds
-        raise RunError(
-            f"Minari dataset '{env}' cannot be opened ({type(error).__name__}: {reason(error)[:200]}): check the id"
-            f" (near: {near}) and the network; what an interrupted download has left in {folder} is repaired by"
-            f" python -c \"import minari; minari.download_dataset('{env}', force_download=True)\""
-        ) from error
+        text = f"Minari dataset '{env}' cannot be opened ({type(error).__name__}: {reason(error)[:200]})"
+        if not folder.is_dir():
+            text += f": there is no {folder}" + "; check the id and the network" * download
+        elif "truncated" in text or "No data found" in text:
+            text += (
+                f"; an interrupted download in {folder} is repaired by"
+                f" python -c \"import minari; minari.download_dataset('{env}', force_download=True)\""
+            )
+        raise RunError(text) from error
 
 
-def read_minari(env: str, folder: Path | None) -> dict[str, np.ndarray]:
-    """Flat arrays of a Minari dataset, with the true next_obs of every row."""
+def read_minari(env: str, folder: Path | None):
+    """Flat arrays of a Minari dataset, with the true next_obs of every row, and its space of actions."""
     episodes = []
     with open_minari(env, folder, download=folder is None) as dataset:
+        check_spaces(dataset.observation_space, dataset.action_space, env)
         for episode in dataset.iterate_episodes():
             obs = flatten(dataset.observation_space, episode.observations)  # [T + 1, S]
             action = flatten(dataset.action_space, episode.actions)
@@ -559,78 +600,148 @@ def read_minari(env: str, folder: Path | None) -> dict[str, np.ndarray]:
             timeout = np.zeros_like(terminal)
             timeout[-1] = not terminal[-1]  # also where a recording just stops
             episodes.append((obs[:-1], action, np.float32(episode.rewards), terminal, timeout, obs[1:]))
-        return {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes))}
+        return {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes))}, dataset.action_space
 
 
 def flatten(space: gymnasium.Space, value) -> np.ndarray:
     """Steps of a nested observation [T, ...] as [T, S], in the order of gymnasium.spaces.flatten."""
-    if isinstance(space, spaces.Dict):
-        return np.concatenate([flatten(part, value[key]) for key, part in space.spaces.items()], axis=1)
-    if not isinstance(space, spaces.Box):
-        raise UserError(f"only continuous (Box) observations and actions are supported, the data have {space}")
-    return np.asarray(value, np.float32).reshape(len(value), -1)
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        names = space.spaces if isinstance(space, spaces.Dict) else range(len(space))
+        return np.concatenate([flatten(space[name], value[name]) for name in names], axis=1)
+    if isinstance(space, spaces.Box):
+        return np.asarray(value, np.float32).reshape(len(value), -1)
+    return np.stack([spaces.flatten(space, one) for one in value])  # one-hot
+
+
+class Unfit(UserError):
+    """Data or an environment of a kind that is not for these methods."""
+
+
+def check_spaces(obs: gymnasium.Space, action: gymnasium.Space, name: str) -> None:
+    """Refuse observations that are no vector of numbers, and actions that are not continuous."""
+    if isinstance(obs, spaces.Dict | spaces.Tuple):
+        for part in obs.spaces.values() if isinstance(obs, spaces.Dict) else obs.spaces:
+            check_spaces(part, action, name)
+    elif isinstance(obs, spaces.Box) and len(obs.shape) > (1 if obs.dtype == np.uint8 else 2):
+        raise Unfit(f"{name} has images as observations, {obs.shape}; the networks here take vectors")
+    elif isinstance(obs, spaces.Text) or not obs.is_np_flattenable:
+        raise Unfit(f"{name} has observations of the kind {obs}; the networks here take vectors")
+    if not isinstance(action, spaces.Box) or action.dtype.kind != "f":
+        raise Unfit(f"{name} has the action space {action}; only continuous actions work here")
 
 
 # Checks
 
 
-def check_judge(env: str, path: Path) -> None:
-    """Refuse a D4RL file that would be evaluated in an environment with other physics."""
-    for name, source in DATASETS.items():
-        family = name.split("-")[0]
-        right = env.split("-")[0] == family or (family in GYM_FAMILIES and env.lower() == f"{family}-v4")
-        if Path(source.path).name == path.name and not right:
-            raise UserError(f"{path.name} cannot be evaluated in {env}, whose physics differ: use --env {name}")
+def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spaces.Box | None) -> None:
+    """Plain types, rows as vectors and actions in [-1, 1]; or one sentence that says which array is wrong and how.
 
-
-def check_arrays(raw: dict[str, np.ndarray], env: str, judge: gymnasium.Env) -> None:
-    """Plain types and shapes and actions in [-1, 1], or one sentence that says which array is wrong and how."""
+    dim, box: size of observations and box of actions, None where unknown.
+    """
     lengths = {KEYS[key]: len(value) if np.ndim(value) else 0 for key, value in raw.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise UserError(f"{env}: the arrays have different lengths: {found}")
     if lengths["observations"] < 2:
         raise UserError(f"{env}: the data are empty, found {lengths['observations']} rows")
-    state, box = judge.observation_space, judge.original_action_space
-    shapes = dict(obs=state.shape, next_obs=state.shape, action=box.shape)
+    sizes = {"obs": dim, "next_obs": dim, "action": box and math.prod(box.shape)}  # numbers per row; None: any
     for key, value in raw.items():
+        name, size = f"{env}: {KEYS[key]}", sizes.get(key, 1)
         if value.dtype.kind not in "biuf":
-            raise UserError(f"{env}: {KEYS[key]} must hold numbers, found {value.dtype}")
-        bad = np.flatnonzero(~np.isfinite(value).reshape(len(value), -1).all(axis=1))
-        if len(bad):
-            raise UserError(f"{env}: {KEYS[key]} has NaN or infinite values in {len(bad)} rows, the first is {bad[0]}")
-        if key not in shapes and value.shape == (len(value), 1):
-            value = value[:, 0]  # some files store columns
-        if value.shape[1:] != shapes.get(key, ()):
-            expected = ", ".join(map(str, ("N", *shapes.get(key, ()))))
-            hint = "; does --env name the environment of these data?" if key in shapes else ""
-            raise UserError(f"{env}: {KEYS[key]}: expected shape [{expected}], found {list(value.shape)}{hint}")
-        raw[key] = value.astype(bool if key in ("terminal", "timeout") else np.float32, copy=False)
+            raise UserError(f"{name} must hold numbers, found {value.dtype}")
+        if key == "action" and value.dtype.kind != "f" and box is None:
+            raise UserError(f"{name} are whole numbers; only continuous actions work here")
+        if value.ndim > (2 if value.dtype == np.uint8 else 3):
+            raise UserError(f"{name} are images, {list(value.shape)}; the networks here take vectors")
+        with np.errstate(over="ignore"):
+            flat = value.reshape(len(value), -1).astype(np.float32, copy=False)
+        if flat.shape[1] != size and size is not None:
+            expected = f"[N, {size}]" if key in sizes else "[N]"
+            hint = "; does --env name the environment of these data, flattened?" if key in sizes else ""
+            raise UserError(f"{name}: expected shape {expected}, found {list(value.shape)}{hint}")
+        bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
+        if len(bad) and key != "next_obs":  # which may be missing where an episode ends
+            raise UserError(f"{name} has NaN or infinite values in {len(bad)} rows, the first is {bad[0]}")
+        flag = key in ("terminal", "timeout", "mask")
+        raw[key] = flat if key in sizes else flat[:, 0].astype(bool if flag else np.float32)
+    raw["action"] = scale_actions(raw["action"], env, box)
 
-    low, high, action = box.low, box.high, raw["action"]
-    if np.any(action < low - 1e-3) or np.any(action > high + 1e-3):
+
+def scale_actions(action: np.ndarray, env: str, box: spaces.Box | None) -> np.ndarray:
+    """Actions [N, A] from their box to [-1, 1]; those a little outside are clipped, as published sets have some."""
+    if box is not None and np.isfinite(box.high - box.low).all():
+        low, high = box.low.ravel(), box.high.ravel()
+    elif np.abs(action).max() <= 1 + ACTION_SLACK:
+        low, high = -np.ones_like(action[0]), np.ones_like(action[0])
+    else:
+        low, high = action.min(axis=0), action.max(axis=0)
+        print(f"{env}: the box of actions is unknown; [-1, 1] stands for what the data span, {low} to {high}")
+    over, half = np.maximum(low - action, action - high), (high - low) / 2
+    bounds = f"[{low.min():g}, {high.max():g}]"
+    if np.any(over > ACTION_SLACK * half + 1e-6):
         raise UserError(
-            f"{env}: actions must be in [{low.min():g}, {high.max():g}], found [{action.min():g}, {action.max():g}]:"
+            f"{env}: actions must be in {bounds}, found [{action.min():g}, {action.max():g}]:"
             " the data are scaled for another environment"
         )
+    if count := np.count_nonzero(np.any(over > 1e-6 * half, axis=1)):
+        print(
+            f"{env}: {count} of {len(action)} actions are outside {bounds}, by at most {over.max():.2g}, and clipped"
+            f" (up to {ACTION_SLACK:.0%} of half the range is accepted)"
+        )
     if np.any(low != -1) or np.any(high != 1):
-        action = 2 * (action - low) / (high - low) - 1
-    raw["action"] = np.clip(action, -1, 1).astype(np.float32, copy=False)
+        width = np.where(high > low, high - low, np.inf)  # where there is no choice: 0 below
+        action = np.where(high > low, 2 * (action - low) / width - 1, 0)
+    return np.clip(action, -1, 1).astype(np.float32, copy=False)
 
 
-def set_timeouts(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: Callable | None) -> None:
-    """Fill raw["timeout"] where the file has none, or by the caller's rule."""
+def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: Callable | None) -> bool:
+    """Fill in raw["timeout"], the ends of episodes that are no terminals; whether the rows are in time order.
+
+    masks (OGBench): 0 is a terminal; then `terminals` only mark ends of trajectories.
+    next_observations: an episode also ends where a row's are not the next row and no end is marked. But if another row
+    goes on from there, or if most rows are like that, the rows stand in no order. Then nothing but next_observations
+    tells what follows, and rows without them go.
+    rule: terminal [N] -> timeout [N] of the caller, instead of the data's own.
+    """
+    if "mask" in raw:
+        ends, raw["terminal"] = raw["terminal"], ~raw.pop("mask")
+        ends &= ~raw["terminal"]
+        if ends.any():
+            raw["timeout"] = raw.get("timeout", False) | ends
+        print(
+            f"{env}: the file has masks, so its terminals are read as ends of trajectories, {np.count_nonzero(ends)} of"
+            f" them without an end of the task (masks = 0: {np.count_nonzero(raw['terminal'])} rows)"
+        )
+    obs, terminal, next_obs = raw["obs"], raw["terminal"], raw.get("next_obs")
+    jump = np.zeros_like(terminal)  # rows not followed by their own next_obs
+    if next_obs is not None:
+        near = 1e-3 * np.abs(obs[1:]) + 1e-5 * np.abs(obs).max(axis=0)  # allows for float16
+        jump[:-1] = ~np.all(np.abs(next_obs[:-1] - obs[1:]) <= near, axis=1)
+        jump &= ~(terminal | raw.get("timeout", False))
+    if jump.any():
+        states = {row.tobytes() for row in obs}
+        if 2 * np.count_nonzero(jump) > len(obs) or any(row.tobytes() in states for row in next_obs[jump]):
+            print(f"{env}: the rows are not in time order; what follows each is taken from its next_observations")
+            known = np.isfinite(next_obs).all(axis=1)
+            raw["next_obs"] = np.where(known[:, None], next_obs, obs)  # terminal masks it
+            raw["timeout"] = np.zeros_like(terminal)
+            raw.update({key: value[known | terminal] for key, value in raw.items()})
+            return False
+        print(f"{env}: {np.count_nonzero(jump)} episodes end without a mark, as their next_observations show")
     if rule is not None:
-        raw["timeout"] = np.asarray(rule(raw["terminal"]), bool)
-    elif "timeout" not in raw and env in DATASETS and env.split("-")[0] in GYM_FAMILIES:
+        raw["timeout"] = np.asarray(rule(terminal), bool) | jump
+    elif "timeout" in raw or jump.any():
+        raw["timeout"] = raw.get("timeout", False) | jump
+    elif env in DATASETS and env.split("-")[0] in GYM_FAMILIES:
         raise UserError(
             f"{env}: the file has no timeouts, which every original has: without them episodes run together"
         )
-    elif "timeout" not in raw:
-        raw["timeout"] = count_timeouts(raw["terminal"], horizon) if horizon else np.zeros_like(raw["terminal"])
-        rule = f"a time limit is assumed every {horizon} steps" if horizon else "no time limits are assumed"
-        episodes = np.count_nonzero(raw["terminal"] | raw["timeout"])
-        print(f"{env}: the file has no timeouts; {rule} ({episodes} complete episodes)", flush=True)
+    else:
+        raw["timeout"] = count_timeouts(terminal, horizon) if horizon else np.zeros_like(terminal)
+        guess = f"a time limit is assumed every {horizon} steps" if horizon else "no time limits are assumed"
+        episodes = np.count_nonzero(terminal | raw["timeout"])
+        print(f"{env}: the file has no timeouts, so terminals end the task; {guess} ({episodes} complete episodes)")
+    return True
 
 
 def count_timeouts(terminal: np.ndarray, horizon: int) -> np.ndarray:
@@ -667,32 +778,20 @@ def load_built_in(name: str) -> dict[str, np.ndarray]:
         return make_pendulum_demo(name, DEMO_EPISODES[robot])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "offline-rl"
     cache = folder / f"{name}-{DEMO_EPISODES[robot]}x1000-seed0-v{DEMO_VERSION}.npz"
-    if (raw := load_cache(cache)) is None:
-        print(f"making {name} (a few seconds, once)", flush=True)
-        raw = make_cheetah_demo(name, DEMO_EPISODES[robot])
-        save_cache(cache, raw)
-    return raw
-
-
-def load_cache(path: Path) -> dict[str, np.ndarray] | None:
-    """Arrays of one of our own .npz files, None if it is missing or damaged."""
     try:
-        with np.load(path) as file:
+        with np.load(cache) as file:
             return dict(file)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return None
-
-
-def save_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write whole or not at all, also with several writers; a folder that cannot be written only means no cache."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # missing or damaged
+        print(f"making {name} (a few seconds, once)", flush=True)
+    raw, part = make_cheetah_demo(name, DEMO_EPISODES[robot]), Path(f"{cache}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, path)
+            np.savez(file, **raw)
+        os.replace(part, cache)  # whole or not at all, also with several writers
     except OSError as error:
-        warn(f"cannot cache {path} ({error}); continuing")
+        warn(f"cannot cache {cache} ({error}); continuing")
+    return raw
 
 
 def make_cheetah_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -723,20 +822,14 @@ def demo_arrays(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return flat | {"terminal": np.zeros(timeout.size, bool), "timeout": timeout.reshape(-1)}
 
 
-def pendulum_step(angle, speed, torque):
-    """Gymnasium's Pendulum-v1 for arrays; angle 0 is upright, torque in [-2, 2]. Gives angle, speed, reward."""
-    wrapped = (angle + np.pi) % (2 * np.pi) - np.pi
-    reward = -(wrapped**2 + 0.1 * speed**2 + 0.001 * torque**2)
-    speed = np.clip(speed + (15 * np.sin(angle) + 3 * torque) * 0.05, -8, 8)
-    return angle + speed * 0.05, speed, reward
-
-
 def make_pendulum_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Pump energy until the pole is high, then catch it by a linear rule; all episodes (200 steps) at once."""
     rng, level = np.random.default_rng(seed), BUILT_IN[name][0]
-    angle, speed = rng.uniform(-np.pi, np.pi, episodes), rng.uniform(-1, 1, episodes)
+    env = gymnasium.make("Pendulum-v1").unwrapped  # its formulas work for arrays too
+    env.state = np.stack([rng.uniform(-np.pi, np.pi, episodes), rng.uniform(-1, 1, episodes)])
     steps = {"obs": [], "action": [], "reward": []}
     for _ in range(200):
+        angle, speed = env.state
         if level is None:
             torque = rng.uniform(-2, 2, episodes)
         else:
@@ -747,8 +840,7 @@ def make_pendulum_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.
             torque = np.clip(torque + noise * rng.standard_normal(episodes), -2, 2)
         steps["obs"].append(np.stack([np.cos(angle), np.sin(angle), speed], axis=1))
         steps["action"].append(torque[:, None])
-        angle, speed, reward = pendulum_step(angle, speed, torque)
-        steps["reward"].append(reward)
+        steps["reward"].append(env.step(torque[None])[1])
     return demo_arrays({key: np.stack(value, axis=1).astype(np.float32) for key, value in steps.items()})
 
 
@@ -870,31 +962,39 @@ def make_env(env, render_mode=None, max_episode_steps=1000):
     """One evaluation environment: observations are flat float32 [S], actions are [A] in [-1, 1].
 
     env: a D4RL name (with D4RL's time limits and rules of ending), the name of a built-in dataset or 2-D scene (whose
-    actions keep their scale), the id of a Minari dataset stored here (the environment that it names), or any id in
-    Gymnasium's registry.
+    actions keep their scale), the id of a Minari dataset stored here (the environment that it names), or whatever
+    gymnasium.make takes, also "module:Id-v0".
     max_episode_steps: the time limit where the environment has none; `assumed_limit` then holds it, else None.
+
+    D4RL's v2 data were recorded in MuJoCo 2.0's -v2 environments. Here they are judged in Gymnasium's -v4, not -v5,
+    which pays no healthy reward on the last step and gives Walker2d other feet. MuJoCo 3.5 changed how contact margins
+    add; the older contacts are restored. One difference remains that nobody corrects: since MuJoCo 2.1.1 capsules weigh
+    what they should, which makes Hopper 3.6 % and Walker2d 4.3 % heavier than the robots in the data. AntMaze is
+    rebuilt from Gymnasium's own ant; pen and kitchen need gymnasium-robotics (kitchen also mujoco < 3.12).
     """
     if env in SCENES:
         if render_mode:
             raise UserError(f"{env} has one state and nothing to film; see its bandit.png")
         return load_scene(env).make_env()
     mujoco.set_mju_user_warning(on_mujoco_warning)
-    options = {"render_mode": render_mode, "disable_env_checker": True}
-    if env in DATASETS or env in BUILT_IN:
-        raw = make_d4rl(env, options)
-        restore_margins(raw)
-    elif env in gymnasium.registry:
-        try:
-            raw = gymnasium.make(gymnasium.registry[env], **options)  # the spec object: no deprecation notice for v4
-        except (gymnasium.error.Error, ImportError) as error:
-            raise UserError(f"{env} cannot be made here: {error}") from None
-    elif is_minari(env):
-        raw = make_minari(env, options)
-        if env.startswith(("mujoco/", "D4RL/")):  # published sets, recorded before mujoco 3.5
-            restore_margins(raw)
-    else:
+    options = {"disable_env_checker": True} | ({"render_mode": render_mode} if render_mode else {})
+    original = env in DATASETS or env in BUILT_IN
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* is out of date", DeprecationWarning)  # v4 is meant
+            make = make_d4rl if original else make_minari if is_minari(env) else gymnasium.make
+            raw = make(env, **options)
+    except UserError:
+        raise
+    except gymnasium.error.UnregisteredEnv:
         near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES, *gymnasium.registry])
-        raise UserError(f"unknown environment '{env}': did you mean {near}?")
+        raise UserError(f"unknown environment '{env}': did you mean {near}?") from None
+    except Exception as error:  # whatever its module and constructor raise
+        hint = " (install it, or add its folder to PYTHONPATH)" if isinstance(error, ModuleNotFoundError) else ""
+        why = reason(error).split(". ")[0]
+        raise UserError(f"{env} cannot be made here: {type(error).__name__}: {why}{hint}") from error
+    if original or (is_minari(env) and env.startswith(("mujoco/", "D4RL/"))):  # recorded before mujoco 3.5
+        restore_margins(raw)
     if raw.spec and raw.spec.max_episode_steps:
         return FlatEnv(raw, env)
     return FlatEnv(gymnasium.wrappers.TimeLimit(raw, max_episode_steps), env, assumed_limit=max_episode_steps)
@@ -905,26 +1005,46 @@ class FlatEnv(gymnasium.Wrapper):
 
     def __init__(self, env, name, assumed_limit=None):
         super().__init__(env)
-        self.assumed_limit = assumed_limit
-        box = env.action_space
-        if not isinstance(box, spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
-            raise UserError(f"{name} has the action space {box}; only bounded vectors of continuous actions work here")
-        self.original_action_space = box
-        self._center, self._half = (box.high + box.low) / 2, (box.high - box.low) / 2
-        self.action_space = spaces.Box(-1.0, 1.0, box.shape, np.float32)
+        self.name, self.assumed_limit = name, assumed_limit
+        self.original_action_space = box = env.action_space
+        check_spaces(env.observation_space, box, name)
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._center, self._half = (box.high + box.low) / 2, (box.high - box.low) / 2
+        if not np.isfinite(self._half).all():
+            raise UserError(f"{name} has the action space {box}; only bounded actions work here")
+        self.action_space = spaces.Box(-1.0, 1.0, (box.high.size,), np.float32)
         self.observation_space = spaces.Box(-np.inf, np.inf, (spaces.flatdim(env.observation_space),), np.float32)
 
     def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        return self._flat(obs), info
+        try:
+            obs, info = self.env.reset(**kwargs)
+            return self._flat(obs), info
+        except (TypeError, ValueError) as error:
+            raise self._misfit("reset", error) from error
 
     def step(self, action):
         # Clipping comes first: MuJoCo clips the torque, but the control cost would see the larger action.
-        obs, reward, terminated, truncated, info = self.env.step(self._center + self._half * np.clip(action, -1, 1))
-        return self._flat(obs), reward, terminated, truncated, info
+        action = self._center + self._half * np.clip(action, -1, 1).reshape(self._half.shape)
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            return self._flat(obs), float(_plain(reward)), bool(_plain(terminated)), bool(_plain(truncated)), info
+        except (TypeError, ValueError) as error:
+            raise self._misfit("step", error) from error
 
     def _flat(self, obs):
-        return spaces.flatten(self.env.observation_space, obs).astype(np.float32)
+        flat = spaces.flatten(self.env.observation_space, obs).astype(np.float32)
+        if flat.shape != self.observation_space.shape:
+            raise ValueError(f"{flat.size} numbers in an observation of the space {self.env.observation_space}")
+        return flat
+
+    def _misfit(self, method, error):
+        what = f"{type(error).__name__}: {reason(error)}"
+        return UserError(f"{self.name} does not keep to Gymnasium's rules in {method}: {what}")
+
+
+def _plain(value):
+    """The number in an array or tensor of one element."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def on_mujoco_warning(text):
@@ -947,7 +1067,7 @@ def restore_margins(env):
         model.geom_margin *= 0.5
 
 
-def make_d4rl(env, options):
+def make_d4rl(env, **options):
     """The environment of an original D4RL dataset or of built-in data, rebuilt on today's packages."""
     family, kind = env.split("-")[:2]
     if family == "antmaze":
@@ -962,7 +1082,7 @@ def make_d4rl(env, options):
         noise = {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}  # D4RL's values
         tasks = list(KITCHEN_TASKS[kind])
         return KitchenVector(gymnasium.make("FrankaKitchen-v1", tasks_to_complete=tasks, **noise, **options))
-    return gymnasium.make(gymnasium.registry[GYM_IDS[family]], **options)  # the spec object: no deprecation notice
+    return gymnasium.make(GYM_IDS[family], **options)
 
 
 def import_robotics(env, kitchen=False):
@@ -1068,7 +1188,7 @@ class KitchenVector(gymnasium.ObservationWrapper):
         return np.concatenate([state[:9], state[18:39], self.goal])
 
 
-def make_minari(env, options):
+def make_minari(env, **options):
     """The evaluation environment stored with a Minari dataset.
 
     Two tasks were recorded with rewards that go on after success. They are judged by the flags below: AntMaze ends
@@ -1076,8 +1196,9 @@ def make_minari(env, options):
     """
     with open_minari(env) as dataset:
         spec = dataset.env_spec
+    hint = f"name one by --env ID --data-path {minari_folder(env)}"
     if spec is None:
-        raise UserError(f"Minari dataset '{env}' does not say which environment it was recorded in")
+        raise UserError(f"Minari dataset '{env}' does not say which environment it was recorded in: {hint}")
     if str(spec.entry_point).startswith("gymnasium_robotics"):
         import_robotics(env, kitchen=spec.id.startswith("FrankaKitchen"))
     if spec.id.startswith("AntMaze"):
@@ -1091,8 +1212,9 @@ def make_minari(env, options):
         warnings.filterwarnings("ignore", "(Installed|Package) .*")
         try:
             return dataset.recover_environment(eval_env=True, **options)
-        except (gymnasium.error.Error, ImportError, TypeError) as error:
-            raise UserError(f"the environment of '{env}' ({spec.id}) cannot be made here: {error}") from None
+        except Exception as error:  # whatever its wrappers and modules raise
+            why = f"{type(error).__name__}: {reason(error)}"
+            raise UserError(f"the environment of '{env}', {spec.id}, cannot be made here ({why}): {hint}") from error
 
 
 class Bandit(gymnasium.Env):
@@ -1131,7 +1253,7 @@ def score(env, returns):
     25 per subtask. Minari: the references stored with the data, if any. For the built-in halfcheetah data and for
     Gymnasium's own HalfCheetah, Hopper and Walker2d (any version) D4RL's numbers serve only as a familiar scale.
     """
-    if is_minari(env) and env not in gymnasium.registry:
+    if is_minari(env):
         if env.startswith(("D4RL/antmaze/", "D4RL/kitchen/")):  # make_env gives them rewards of its own
             reference = REFERENCE[env.split("/")[1]]
         else:

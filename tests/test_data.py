@@ -1,6 +1,8 @@
 """Datasets: transition rules, readers, packing, checks, built-in data."""
 
 import multiprocessing
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -133,9 +135,10 @@ def test_timeout_rule(tmp_path):
 def test_true_next_obs(tmp_path, has_next):
     raw = arrays()
     expected = by_loop(raw)
-    truth = raw["observations"] + 5
+    end = (raw["terminals"] | raw["timeouts"])[:, None]
+    truth = np.where(end, raw["observations"] + 5, np.roll(raw["observations"], -1, axis=0))
     if has_next:
-        raw["next_observations"] = truth
+        raw["next_observations"] = np.where(raw["timeouts"][:, None], np.nan, truth)  # not needed there
     path = write(tmp_path / "x.hdf5", raw)
     data = common.load_dataset(HOPPER, path, true_next_obs=True)
     kept = np.flatnonzero(~raw["timeouts"])
@@ -206,6 +209,268 @@ def test_from_arrays_one_step_episodes():
     np.testing.assert_allclose(data.episode_returns, reward)
 
 
+# Rows in any order
+
+
+def episodes(lengths=(30, 40, 25, 35), terminals=(1,), seed=0):
+    """Random walks with their next_observations; episodes in `terminals` end so, the others in a time limit."""
+    rng, parts = np.random.default_rng(seed), []
+    for k, n in enumerate(lengths):
+        walk = np.cumsum(rng.standard_normal((n + 1, 3)), axis=0)
+        last = np.arange(n) == n - 1
+        flags = dict(terminals=last & (k in terminals), timeouts=last & (k not in terminals))
+        action = rng.uniform(-1, 1, (n, 1))  # half of Pendulum's range
+        rows = dict(observations=walk[:-1], actions=action, rewards=rng.random(n), next_observations=walk[1:])
+        parts.append(rows | flags)
+    raw = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    return {key: value if value.dtype == bool else value.astype(np.float32) for key, value in raw.items()}
+
+
+def without(raw, *keys):
+    return {key: value for key, value in raw.items() if key not in keys}
+
+
+def load(path, raw, **options):
+    return common.load_dataset("Pendulum-v1", write(path / "x.npz", raw), **options)
+
+
+def check_transitions(data, raw, decimals=4):
+    """Every transition of `data` is one of `raw`, also the actions that follow, where they are known."""
+    true = {}
+    for i in range(len(raw["rewards"])):
+        key = tuple(np.round(raw["observations"][i].astype(float), decimals))
+        true[key] = (raw["actions"][i] / 2, raw["rewards"][i], raw["next_observations"][i], raw["terminals"][i])
+    for obs, *row in zip(data.obs, data.action, data.reward, data.next_obs, data.terminal):
+        expected = true[tuple(np.round(obs.numpy().astype(float), decimals))]
+        for name, value, truth in zip(("action", "reward", "next_obs", "terminal"), row, expected):
+            if name != "next_obs" or not row[3]:  # after a terminal it is masked
+                np.testing.assert_allclose(value, truth, atol=1e-3, err_msg=name)
+
+
+def interleave(value, parts=4):
+    return value.reshape(parts, -1, *value.shape[1:]).swapaxes(0, 1).reshape(value.shape)
+
+
+ORDERS = {
+    "shuffled": lambda n, rng: rng.permutation(n),
+    "interleaved": lambda n, rng: interleave(np.arange(n)),
+    "two swapped": lambda n, rng: np.r_[:10, 11, 10, 12:n],
+    "every second": lambda n, rng: np.arange(0, n, 2),
+    "backwards": lambda n, rng: np.arange(n)[::-1],
+    "cut and glued": lambda n, rng: np.r_[:10, 50:90, 10:50, 90:n],
+}
+
+
+@pytest.mark.parametrize("marks", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_out_of_order(tmp_path, capsys, order, marks):
+    raw = episodes((40,) * 4)
+    rows = ORDERS[order](160, np.random.default_rng(0))
+    data = load(tmp_path, {key: value[rows] for key, value in raw.items() if marks or key != "timeouts"})
+    assert len(data) == len(rows) and "not in time order" in capsys.readouterr().out
+    check_transitions(data, raw)
+    assert data.episode is None and data.step is None and len(data.episode_returns) == 0
+    assert data.sample(5, torch.Generator()).next_action.isnan().all() and len(data.to("cpu").fingerprint) == 16
+    with pytest.raises(common.UserError, match="Pendulum-v1: this method needs next actions, unknown here: .* order"):
+        data.next_action  # noqa: B018
+    with pytest.raises(common.UserError, match="needs returns, unknown"):
+        data.need_order("returns")
+
+
+def test_ends_may_lack_next_observations(tmp_path):
+    """Time-limit rows without a successor go; terminal rows stay, since nothing follows them."""
+    raw = episodes()
+    end = raw["terminals"] | raw["timeouts"]
+    holes = raw | dict(next_observations=np.where(end[:, None], np.nan, raw["next_observations"]))
+    shuffle = np.random.default_rng(0).permutation(len(end))
+    data = load(tmp_path, {key: value[shuffle] for key, value in holes.items()})
+    assert len(data) == len(end) - raw["timeouts"].sum() and data.terminal.sum() == 1
+    assert data.rows[:, :-2].isfinite().all()
+    check_transitions(data, raw)
+    data = load(tmp_path, without(holes, "timeouts"))  # in order: the holes show the ends
+    assert data.episode.max() == 3
+    check_transitions(data, raw)
+
+
+@pytest.mark.parametrize("marks", ["all", "none", "all but one", "zeros"])
+def test_next_observations_show_the_ends(tmp_path, capsys, marks):
+    raw = episodes()
+    given = without(raw, "timeouts") if marks == "none" else dict(raw, timeouts=raw["timeouts"].copy())
+    if marks == "all but one":
+        given["timeouts"][29] = False
+    if marks == "zeros":
+        given["timeouts"][:] = False
+    data = load(tmp_path, given)
+    assert ("without a mark" in capsys.readouterr().out) == (marks != "all")
+    assert len(data) == 130 - 2 - 1 and data.episode.max() == 3  # two time limits and the last row
+    check_transitions(data, raw)
+    ends = np.split(raw["rewards"].astype(float), [30, 70, 95])[: 4 if marks in ("all", "all but one") else 3]
+    np.testing.assert_allclose(data.episode_returns, [part.sum() for part in ends])
+    np.testing.assert_allclose(data.next_action[:29], raw["actions"][1:30] / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("odd", ["float16", "noise", "no mark at all", "blocks"])
+def test_time_order_is_recognised(tmp_path, capsys, odd):
+    raw = episodes(terminals=(1, 3))
+    given = dict(raw)
+    if odd == "float16":
+        given["observations"] = raw["observations"].astype(np.float16)
+    if odd == "noise":
+        given["next_observations"] = raw["next_observations"] + np.float32(1e-6)
+    if odd == "blocks":
+        order = np.r_[70:95, :30, 95:130, 30:70]
+        given = {key: value[order] for key, value in raw.items()}
+    if odd == "no mark at all":
+        given = {key: value[:30] * (key not in ("terminals", "timeouts")) for key, value in raw.items()}
+        given |= {key: given[key].astype(bool) for key in ("terminals", "timeouts")}
+    data = load(tmp_path, given)
+    assert capsys.readouterr().out == "" and data.episode is not None
+    if odd != "float16":
+        check_transitions(data, raw)
+
+
+def test_timeout_rule_keeps_what_the_file_shows(tmp_path):
+    """The caller's time limits come instead of the file's marks, but no transition into another episode comes back."""
+    raw = without(episodes(terminals=()), "timeouts")
+    data = load(tmp_path, raw, timeout_rule=lambda terminal: np.arange(len(terminal)) % 10 == 9)
+    assert len(data) == 130 - len({*range(9, 130, 10), 29, 69, 94})
+    check_transitions(data, raw)
+
+
+@pytest.mark.parametrize("kind", [bool, np.float32, np.int64])
+def test_masks(tmp_path, capsys, kind):
+    """OGBench: terminals end trajectories, masks = 0 ends the task, perhaps before the trajectory's end."""
+    raw = episodes(terminals=())
+    end, over = raw["timeouts"], np.zeros(130, bool)
+    over[[10, 129]] = True
+    layout = without(raw, "timeouts") | dict(terminals=end.astype(kind), masks=(~over).astype(kind))
+    for given in (layout, without(layout, "next_observations")):
+        data = load(tmp_path, given)
+        assert "3 of them without an end of the task (masks = 0: 2 rows)" in capsys.readouterr().out
+        assert data.terminal.nonzero().flatten().tolist() == [10] and len(data) == 130 - 3 - 1
+        check_transitions(data, raw | dict(terminals=over))
+    shuffle = np.random.default_rng(0).permutation(130)
+    data = load(tmp_path, {key: value[shuffle] for key, value in layout.items()})
+    assert data.episode is None and data.terminal.sum() == 2
+    check_transitions(data, raw | dict(terminals=over))
+
+
+def test_masks_that_only_repeat_terminals(tmp_path):
+    raw = arrays(terminal_rate=0.05)
+    data = common.load_dataset(HOPPER, write(tmp_path / "x.npz", raw | dict(masks=1 - raw["terminals"])))
+    np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
+
+
+# Actions and their box
+
+
+@pytest.mark.parametrize("factor, said", [(1.0, None), (1 + 1e-7, None), (1.01, 0.02), (1.049, 0.098)])
+def test_actions_a_little_outside(tmp_path, capsys, factor, said):
+    raw = episodes()
+    raw["actions"][:] = np.linspace(-2, 1, 130)[:, None] * factor
+    data = load(tmp_path, raw)
+    assert data.action.min() == -1 and data.action.max() < 0.6
+    out = capsys.readouterr().out
+    if said is None:
+        assert out == ""
+    else:
+        count = np.count_nonzero(raw["actions"] < -2)
+        assert f"{count} of 130 actions are outside [-2, 2], by at most {said}" in out and "5% of half" in out
+    raw["actions"][0] = -2.11
+    with pytest.raises(common.UserError, match=r"must be in \[-2, 2\], found \[-2.11, "):
+        load(tmp_path, raw)
+
+
+def test_without_an_environment(tmp_path, capsys):
+    raw = episodes()
+    path = write(tmp_path / "x.npz", raw)
+    with pytest.raises(common.UserError, match="unknown environment 'MyRobot-v0'.*--eval-episodes 0 trains without"):
+        common.load_dataset("MyRobot-v0", path)
+    data = common.load_dataset("MyRobot-v0", path, judge=False)
+    assert "unknown environment 'MyRobot-v0'" in capsys.readouterr().out
+    np.testing.assert_allclose(data.action, np.delete(raw["actions"], [29, 94, 129], axis=0))  # in [-1, 1] already
+    with pytest.raises(common.UserError, match="unknown environment"):
+        data.make_env()
+    raw["actions"] = np.linspace([-3, 5], [7, 5], 130, dtype=np.float32)  # the second has no choice
+    data = common.load_dataset("MyRobot-v0", write(tmp_path / "x.npz", raw), judge=False)
+    assert "[-1, 1] stands for what the data span, [-3.  5.] to [7. 5.]" in capsys.readouterr().out
+    np.testing.assert_allclose(data.action[[0, -1]], [[-1, 0], [1 - 2 / 129, 0]], rtol=1e-5)
+    raw["actions"] = np.arange(130) % 3
+    with pytest.raises(common.UserError, match="actions are whole numbers; only continuous"):
+        common.load_dataset("MyRobot-v0", write(tmp_path / "x.npz", raw), judge=False)
+    data = load(tmp_path, episodes(), judge=False)  # an environment that is there still gives its box
+    assert data.action.abs().max() <= 0.5
+
+
+def test_pixels_and_flat_shapes(tmp_path):
+    raw = episodes()
+    plain = load(tmp_path, raw)
+    odd = dict(observations=raw["observations"][:, None], actions=raw["actions"][:, 0])  # [N, 1, 3] and [N]
+    assert torch.equal(load(tmp_path, raw | odd).rows, plain.rows)
+    raw["observations"] = np.zeros((130, 8, 8, 3), np.uint8)
+    with pytest.raises(common.UserError, match=r"observations are images, \[130, 8, 8, 3\]; the networks here take"):
+        load(tmp_path, raw)
+
+
+# Files that cannot be read
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+def test_misnamed_files(tmp_path, suffix):
+    raw = arrays()
+    path = Path(write(tmp_path / f"right{suffix}", raw))
+    for name in ("wrong.npz", "wrong.hdf5", "noname"):
+        (tmp_path / name).write_bytes(path.read_bytes())
+        data = common.load_dataset(HOPPER, str(tmp_path / name))
+        np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (BlockingIOError(11, "Unable to synchronously open file (unable to lock file, errno = 11)"), "is locked"),
+        (OSError(37, "Unable to open file (unable to lock file, errno = 37, 'No locks available')"), "is locked"),
+        (PermissionError(13, "Unable to open file (errno = 13)"), "cannot be read: Permission denied"),
+        (OSError(5, "Unable to open file (file read failed)"), "cannot be read: Input/output error"),
+        (OSError("Unable to open file (truncated file: eof = 3, sblock->base_addr = 0)"), "not a complete"),
+    ],
+)
+def test_files_that_cannot_be_opened(tmp_path, monkeypatch, error, words):
+    path = write(tmp_path / "hopper_medium-v2.hdf5", arrays())
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    monkeypatch.setattr(common.h5py, "File", lambda *args: (_ for _ in ()).throw(error))
+    for given in (path, None):
+        with pytest.raises(common.RunError, match=words) as caught:
+            common.load_dataset(HOPPER, given)
+        assert ("delete" in str(caught.value)) == (words == "not a complete" and given is None)
+
+
+def test_locked_file(tmp_path):
+    path = write(tmp_path / "x.hdf5", arrays())
+    code = f"import h5py; file = h5py.File({path!r}, 'a'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        with pytest.raises(common.RunError, match="is locked: a program writes it"):
+            common.load_dataset(HOPPER, path)
+        writer.communicate(b"\n")
+    assert len(common.load_dataset(HOPPER, path)) > 400
+
+
+def test_arrays_that_cannot_be_read(tmp_path):
+    raw = arrays()
+    path = write(tmp_path / "x.npz", raw | dict(rewards=raw["rewards"].astype(object)))
+    with pytest.raises(common.RunError, match="rewards in .*x.npz cannot be read: Object arrays"):
+        common.load_dataset(HOPPER, path)
+    path = write(tmp_path / "x.hdf5", without(raw, "observations") | {"observations/x": raw["observations"]})
+    with pytest.raises(common.RunError, match="observations in .*x.hdf5 cannot be read: it is a group of x"):
+        common.load_dataset(HOPPER, path)
+    path = write(tmp_path / "y.hdf5", without(raw, "rewards"))
+    with h5py.File(path, "a") as file:
+        file["rewards"] = h5py.ExternalLink("gone.hdf5", "/rewards")
+    with pytest.raises(common.RunError, match="rewards in .*y.hdf5 cannot be read: .*can't open file"):
+        common.load_dataset(HOPPER, path)
+
+
 def broken(key, change):
     def apply(raw):
         raw[key] = change(raw[key])
@@ -249,8 +514,11 @@ def test_bad_data(tmp_path, damage, words):
     [
         ("x.hdf5", b"", "is empty", 1),
         ("x.npz", b"", "is empty", 1),
-        ("x.hdf5", b"<html>sorry</html>", "not a complete HDF5 file", 1),
-        ("x.npz", b"PK nonsense", "cannot read", 1),
+        ("x.hdf5", b"<html>sorry</html>", "neither an HDF5 file nor an .npz but a web page", 1),
+        ("x.npz", b"PK\3\4 nonsense", "not a complete .npz file .found 13 bytes", 1),
+        ("x.hdf5", b"\x89HDF\r\n\x1a\n", "not a complete HDF5 file .found 8 bytes", 1),
+        ("x.npz", pickle.dumps({}), "but a pickle", 1),
+        ("x.hdf5", b"0.1,0.2", "neither an HDF5 file nor an .npz$", 1),
         ("x.hdf5", None, "no such file", 2),
     ],
 )
@@ -413,6 +681,13 @@ class Toy(gymnasium.Env):
     )
     action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
 
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {"b": np.zeros(2), "a": {"y": np.zeros(1)}}, {}
+
+    def step(self, action):
+        return *self.reset()[:1], 0.0, False, False, {}
+
 
 gymnasium.register("DictToy-v0", f"{__name__}:Toy", max_episode_steps=8)
 
@@ -471,7 +746,7 @@ def test_minari_partial(toy_data, left):
 
 def test_minari_errors(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    with pytest.raises(common.UserError, match="end in a version.*mujoco/hopper/medium-v0"):
+    with pytest.raises(common.UserError, match='end in a version.*"mujoco/hopper/medium-v0"'):
         common.load_dataset("mujoco/hopper/medium")
     minari = pytest.importorskip("minari")
 
@@ -487,18 +762,6 @@ def test_minari_errors(tmp_path, monkeypatch):
 
 
 # Built-in data
-
-
-def test_pendulum_equals_gymnasium():
-    env = gymnasium.make("Pendulum-v1").unwrapped
-    rng = np.random.default_rng(0)
-    for seed in range(5):
-        env.reset(seed=seed)
-        for _ in range(50):
-            torque = rng.uniform(-2, 2)
-            angle, speed, reward = common.pendulum_step(*env.state, torque)
-            _, expected, *_ = env.step(np.array([torque]))
-            np.testing.assert_allclose([angle, speed, reward], [*env.state, expected], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("level, low, high", [("random", -1350, -1100), ("medium", -700, -400), ("expert", -200, -130)])
@@ -541,18 +804,21 @@ def test_demo_cache(tmp_path, monkeypatch, capsys):
     assert "cannot cache" in capsys.readouterr().err
 
 
-def save_and_load(path, number):
-    arrays = {"x": np.full(200_000, number)}
-    for _ in range(10):
-        common.save_cache(path, arrays)
-        values = np.unique(common.load_cache(path)["x"])
-        assert len(values) == 1  # never a mixture, never half a file
+def load_and_compare(name, rows):
+    for _ in range(3):
+        assert torch.equal(common.load_dataset(name).rows, rows)  # never half a file
 
 
-def test_cache_race(tmp_path):
+def test_cache_race(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(common.DEMO_EPISODES, "halfcheetah", 1)
+    name = "halfcheetah-demo-expert"
+    rows = common.load_dataset(name).rows
+    [file] = (tmp_path / "offline-rl").iterdir()
+    file.unlink()
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=save_and_load, args=(tmp_path / "x.npz", k)) for k in range(3)]
+    workers = [context.Process(target=load_and_compare, args=(name, rows)) for _ in range(3)]
     [worker.start() for worker in workers]
     [worker.join(60) for worker in workers]
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+    assert list((tmp_path / "offline-rl").iterdir()) == [file]

@@ -105,8 +105,8 @@ def test_mirror_helps(server, tmp_path, failure):
 @pytest.mark.parametrize(
     "failure, words",
     [
-        ("403", "HTTP 403 Forbidden"),
-        ("404", "HTTP 404"),
+        ("403", "HTTP Error 403: Forbidden"),
+        ("404", "HTTP Error 404"),
         ("page", "answered with a page"),
         ("cut", f"cut off: got {len(GOOD) // 2} of {len(GOOD)} bytes"),
         ("half", f"not a complete HDF5 file .found {len(GOOD) // 2} bytes, expected {len(GOOD)} or 77"),

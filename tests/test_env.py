@@ -1,7 +1,9 @@
 """Environments, scores and evaluation of common.py."""
 
 import dataclasses
+import json
 import random
+import shutil
 import subprocess
 import sys
 import types
@@ -165,7 +167,7 @@ def test_every_d4rl_name_has_an_environment_and_a_score(name):
         ("hopper-medium-v0", "hopper-medium-v2"),
         ("Hoper-v4", "Hopper-v4"),
         ("qqqqqqqq", "unknown environment 'qqqqqqqq'"),
-        ("CartPole-v1", "only bounded vectors"),
+        ("CartPole-v1", "only continuous actions"),
         ("Hopper-v2", "cannot be made here"),
     ],
 )
@@ -200,6 +202,176 @@ def test_a_missing_time_limit_is_added(monkeypatch):
     monkeypatch.setitem(gymnasium.registry, "Endless-v0", dataclasses.replace(spec, max_episode_steps=7))
     env = common.make_env("Endless-v0", max_episode_steps=30)  # its own limit stays
     assert env.assumed_limit is None and env.spec.max_episode_steps == 7
+
+
+# Environments of the user's own
+
+
+class Own(gymnasium.Env):
+    """Spaces as given; pays minus the sum of the squared action that arrives; never ends."""
+
+    def __init__(self, obs=None, act=None):
+        self.observation_space = obs or spaces.Box(-1, 1, (3,))
+        self.action_space = act or spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.action = action
+        return self.observation_space.sample(), -float(np.sum(np.square(action))), False, False, {}
+
+
+def own(monkeypatch, entry_point=Own, **kwargs):
+    spec = gymnasium.envs.registration.EnvSpec("Own-v0", entry_point, max_episode_steps=5, kwargs=kwargs)
+    monkeypatch.setitem(gymnasium.registry, "Own-v0", spec)
+    return "Own-v0"
+
+
+def test_whatever_gymnasium_makes(tmp_path, monkeypatch):
+    code = "import gymnasium\ngymnasium.register('lab/Mine-v3', 'gymnasium.envs.classic_control:PendulumEnv', 30)\n"
+    (tmp_path / "my_module.py").write_text(code)
+    (tmp_path / "bad_module.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", registry := dict(gymnasium.registry))
+    monkeypatch.setattr(gymnasium, "registry", registry)
+    name = "my_module:lab/Mine-v3"
+    assert not common.is_minari(name) and common.score(name, 1.0) is None
+    np.savez(tmp_path / "x.npz", obs=np.zeros((9, 3)), action=np.ones((9, 1)), reward=np.ones(9), terminal=np.ones(9))
+    data = common.load_dataset(name, str(tmp_path / "x.npz"))
+    assert data.action[0] == 0.5 and data.make_env().spec.id == "lab/Mine-v3"
+    with pytest.warns(UserWarning, match="latest versioned"):
+        assert common.make_env("Pendulum").spec.id == "Pendulum-v1"
+    for env, words in (
+        ("no_module:Mine-v0", "cannot be made here: ModuleNotFoundError: No module named 'no_module' .install"),
+        ("bad_module:Mine-v0", "bad_module:Mine-v0 cannot be made here: ZeroDivisionError: division by zero"),
+        ("my_module:Other-v0", "unknown environment 'my_module:Other-v0'"),
+        ("a:b:c", "a:b:c cannot be made here"),
+    ):
+        with pytest.raises(common.UserError, match=words):
+            common.make_env(env)
+        with pytest.raises(common.UserError, match="is an environment, not a dataset"):
+            common.load_dataset(env)
+
+
+@pytest.mark.parametrize(
+    "act, low, high",
+    [
+        (spaces.Box(0, 100, (2,)), [0, 0], [100, 100]),
+        (spaces.Box(np.array([-1, 0]), np.array([1, 5]), dtype=np.float64), [-1, 0], [1, 5]),
+        (spaces.Box(np.float32([-1, 3]), np.float32([1, 3])), [-1, 3], [1, 3]),  # no choice in the second
+        (spaces.Box(-2, 2, (2, 2)), np.full((2, 2), -2), np.full((2, 2), 2)),
+        (spaces.Box(-2, 2, ()), -2, 2),
+    ],
+)
+def test_boxes_of_actions(monkeypatch, act, low, high):
+    env = common.make_env(own(monkeypatch, act=act))
+    env.reset(seed=0)
+    for value, expected in ((-1, low), (1, high), (-9, low)):
+        env.step(np.full(env.action_space.shape, value, np.float32))
+        np.testing.assert_array_equal(env.unwrapped.action, expected)
+        assert env.unwrapped.action.shape == act.shape
+    assert env.action_space.shape == (act.low.size,)
+
+
+@pytest.mark.parametrize(
+    "obs, size",
+    [
+        (spaces.Dict(b=spaces.Box(-1, 1, (2,)), a=spaces.Box(-1, 1, (1,))), 3),
+        (spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.Discrete(3))), 5),
+        (spaces.Discrete(5), 5),
+        (spaces.MultiBinary(4), 4),
+        (spaces.Box(-1, 1, ()), 1),
+        (spaces.Box(-1, 1, (2, 2), np.float64), 4),
+        (spaces.Box(0, 9, (4,), np.int64), 4),
+    ],
+)
+def test_observations_become_vectors(monkeypatch, obs, size):
+    env = common.make_env(own(monkeypatch, obs=obs))
+    for value in (env.reset(seed=0)[0], env.step(np.zeros(2))[0]):
+        assert value.shape == (size,) == env.observation_space.shape and value.dtype == np.float32
+    values = [env.unwrapped.observation_space.sample() for _ in range(3)]  # the reader of Minari data agrees
+    steps = values if isinstance(obs, spaces.Discrete) else stack(values)
+    expected = [spaces.flatten(obs, value) for value in values]
+    np.testing.assert_array_equal(common.flatten(obs, steps), np.float32(expected))
+
+
+@pytest.mark.parametrize(
+    "kinds, words",
+    [
+        (dict(obs=spaces.Box(0, 255, (8, 8, 3), np.uint8)), r"images as observations, \(8, 8, 3\)"),
+        (dict(obs=spaces.Dict(a=spaces.Box(0, 255, (8, 8), np.uint8))), r"images as observations, \(8, 8\)"),
+        (dict(obs=spaces.Tuple((spaces.Text(5),))), r"observations of the kind Text"),
+        (dict(obs=spaces.Sequence(spaces.Discrete(2))), "observations of the kind Sequence"),
+        (dict(act=spaces.Discrete(3)), r"action space Discrete\(3\); only continuous"),
+        (dict(act=spaces.Box(0, 9, (2,), np.int64)), "action space Box.*int64.; only continuous"),
+        (dict(act=spaces.Dict(a=spaces.Box(-1, 1, (2,)))), "action space Dict.*; only continuous"),
+        (dict(act=spaces.Box(-np.inf, np.inf, (2,))), "only bounded actions"),
+        (dict(act=spaces.Box(-1, np.inf, (2,))), "only bounded actions"),
+        (dict(act=spaces.Box(-3e38, 3e38, (2,))), "only bounded actions"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*precision lowered")
+def test_spaces_that_do_not_fit(monkeypatch, kinds, words):
+    with pytest.raises(common.UserError, match=f"Own-v0 has.*{words}") as caught:
+        common.make_env(own(monkeypatch, **kinds))
+    assert "\n" not in str(caught.value)
+    if "bounded" not in words:  # nor without evaluations
+        with pytest.raises(common.UserError, match=words + ".*(take vectors|work here)$"):
+            common.judge_spaces("Own-v0", needed=False)
+
+
+@pytest.mark.parametrize(
+    "reward, flag",
+    [
+        (np.array([1.0]), np.array([False])),
+        (torch.tensor(1.0), torch.tensor(False)),
+        (torch.ones(1, 1), np.bool_(False)),
+        (np.float64(1), 0),
+        (1, np.array(False)),
+    ],
+)
+def test_numbers_in_arrays_and_tensors(monkeypatch, reward, flag):
+    class Odd(Own):
+        def step(self, action):
+            return torch.zeros(3), reward, flag, flag, {}
+
+    env = common.make_env(own(monkeypatch, Odd))
+    env.reset(seed=0)
+    obs, *rest, _ = env.step(np.zeros(2))
+    assert obs.dtype == np.float32 and rest == [1.0, False, False] and [type(x) for x in rest] == [float, bool, bool]
+    assert common.evaluate(lambda obs: np.zeros((len(obs), 2)), [env], seed=0) == [5]
+
+
+def method(name, function):
+    return type("Odd", (Own,), {name: function})
+
+
+@pytest.mark.parametrize(
+    "cls, words",
+    [
+        (method("reset", lambda self: (np.zeros(3), {})), "reset: TypeError: .*'seed'"),
+        (method("reset", lambda self, seed=None, options=None: np.zeros(3)), "reset: ValueError: too many values"),
+        (method("reset", lambda self, seed=None, options=None: (np.zeros(4), {})), "4 numbers in an observation of"),
+        (method("step", lambda self, a: (np.zeros(3), 1.0, False, {})), "step: ValueError: not enough values"),
+        (method("step", lambda self, a: (np.zeros(3), np.ones(2), False, False, {})), "step: ValueError: can only"),
+        (method("step", lambda self, a: (np.zeros(3), None, False, False, {})), "step: TypeError: float"),
+    ],
+)
+def test_rules_of_gymnasium(monkeypatch, cls, words):
+    """Known before the training, and in one sentence."""
+    with pytest.raises(common.UserError, match=f"Own-v0 does not keep to Gymnasium's rules in .*{words}") as caught:
+        common.judge_spaces(own(monkeypatch, cls))
+    assert "\n" not in str(caught.value) and "--eval-episodes 0" in str(caught.value)
+    assert common.judge_spaces("Own-v0", needed=False) == (None, None, None)
+
+
+def test_no_render_mode(monkeypatch):
+    name = own(monkeypatch)  # its constructor takes none
+    with pytest.raises(common.UserError, match="Own-v0 cannot be made here: TypeError: .*'render_mode'"):
+        common.make_env(name, render_mode="rgb_array")
 
 
 # AntMaze
@@ -332,9 +504,11 @@ def test_kitchen():
 
 
 def stack(values):
-    """Observations, perhaps nested dicts of arrays, with time as their first axis."""
+    """Observations, perhaps nested dicts and tuples of arrays, with time as their first axis."""
     if isinstance(values[0], dict):
         return {key: stack([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], tuple):
+        return tuple(stack(value) for value in zip(*values))
     return np.stack(values)
 
 
@@ -383,6 +557,89 @@ def test_minari_absent(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     with pytest.raises(common.UserError, match="'mujoco/hopper/expert-v0' cannot be opened"):
         common.make_env("mujoco/hopper/expert-v0")
+
+
+def record(env_id="Pendulum-v1", obs=None, act=None, **edits):
+    """A set of one episode, without environment if `env_id` is None; `edits` of the recorded environment's spec."""
+    minari = pytest.importorskip("minari")
+    obs, act = obs or spaces.Box(-8, 8, (3,)), act or spaces.Box(-2, 2, (1,))
+    buffer = minari.data_collector.EpisodeBuffer(
+        id=0,
+        observations=stack([obs.sample() for _ in range(5)]),
+        actions=np.stack([act.sample() for _ in range(4)]),
+        rewards=[1.0] * 4,
+        terminations=[False] * 4,
+        truncations=[False, False, False, True],
+    )
+    env = dict(env=gymnasium.spec(env_id)) if env_id else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers("own/odd-v0", [buffer], observation_space=obs, action_space=act, **env)
+    file = common.minari_folder("own/odd-v0") / "data" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    if edits:
+        metadata["env_spec"] = json.dumps(json.loads(metadata["env_spec"]) | edits)
+        file.write_text(json.dumps(metadata))
+    return file.parent.parent
+
+
+@pytest.mark.parametrize(
+    "edits, words",
+    [
+        (dict(entry_point="my_lab:Robot"), "Pendulum-v1, cannot be made here .ModuleNotFoundError: .*'my_lab'"),
+        (dict(entry_point="gymnasium.envs.classic_control:No"), "cannot be made here .AttributeError: .*'No'"),
+        (dict(kwargs=dict(no=3)), "cannot be made here .TypeError: .*'no'"),
+        (
+            dict(additional_wrappers=[dict(name="Monitor", entry_point="lab.monitor:Monitor", kwargs=None)]),
+            "cannot be made here .ValueError: Monitor wrapper",
+        ),
+        (
+            dict(additional_wrappers=[dict(name="Monitor", entry_point="my_lab.monitor:Monitor", kwargs={})]),
+            "cannot be made here .ModuleNotFoundError: No module named 'my_lab'",
+        ),
+        (None, "does not say which environment"),
+    ],
+)
+def test_minari_sets_whose_environment_is_not_here(tmp_path, monkeypatch, edits, words):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    folder = record("Pendulum-v1" if edits else None, **edits or {})
+    with pytest.raises(common.UserError, match=f"'own/odd-v0'.*{words}") as caught:
+        common.load_dataset("own/odd-v0")
+    message = str(caught.value)
+    assert f"--env ID --data-path {folder}" in message and "--eval-episodes 0" in message and "\n" not in message
+    alone = common.load_dataset("own/odd-v0", judge=False)  # the box of actions is the set's own
+    beside = common.load_dataset("Pendulum-v1", str(folder))
+    assert torch.equal(alone.rows, beside.rows) and len(alone) == 4
+    assert beside.make_env().spec.id == "Pendulum-v1"
+
+
+def test_minari_sets_of_other_kinds(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    wide = spaces.Box(-20, 20, (1,))
+    for kinds, words in (
+        (dict(obs=spaces.Box(0, 255, (16, 16, 3), np.uint8)), "own/odd-v0 has images as observations, .16, 16, 3."),
+        (dict(act=spaces.Discrete(3)), "own/odd-v0 has the action space Discrete.3."),
+        (dict(act=wide), "actions must be in .-2, 2."),
+    ):
+        folder = record(**kinds)
+        with pytest.raises(common.UserError, match=words):
+            common.load_dataset("own/odd-v0")
+        if kinds.get("act") is not wide:
+            with pytest.raises(common.UserError, match=words):
+                common.load_dataset("own/odd-v0", judge=False)
+        shutil.rmtree(folder)
+    record(act=wide)
+    data = common.load_dataset("own/odd-v0", judge=False)
+    assert data.action.abs().max() <= 1
+    shutil.rmtree(folder)
+    mixed = spaces.Dict(a=spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (1,)))), mode=spaces.Discrete(3))
+    record(None, obs=mixed)
+    data = common.load_dataset("own/odd-v0", judge=False)
+    assert data.obs_dim == 6 and torch.all(data.obs[:, 3:].sum(1) == 1)
+    (folder / "data" / "metadata.json").write_text("{")
+    with pytest.raises(common.RunError, match="'own/odd-v0' cannot be opened .JSONDecodeError") as caught:
+        common.load_dataset("own/odd-v0")
+    assert "force_download" not in str(caught.value)  # which would delete a set that is no download
 
 
 def test_minari_antmaze_ends_at_the_goal(minari_set):
