@@ -358,6 +358,7 @@ class Futures:
     """The data's own future states, G ~ Geometric(1 - gamma) steps after a row (author's code: G + 1)."""
 
     def __init__(self, data, gamma, corrected):
+        data.need_order("next actions and the states that follow")
         self.data, self.gamma, self.corrected = data, gamma, corrected
         rows = torch.arange(len(data), device=data.rows.device)
         ends = torch.cat([data.episode.diff() != 0, torch.ones_like(data.episode[:1], dtype=torch.bool)])
@@ -696,7 +697,7 @@ def main():
     Learner = BDMOnly if args.bdm_only else BDM
     if args.evaluate:
         return evaluate_run(args, Learner)
-    data = load_dataset(args.env, args.data_path, true_next_obs=True)
+    data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0, true_next_obs=True)
     policy = None
     if args.bdm_only not in (None, "data") and not args.resume:
         policy = load_actor(args.bdm_only, data, args.device)

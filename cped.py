@@ -566,7 +566,7 @@ def main():
     if args.evaluate:
         return evaluate_run(args, CPED)
     rule = row_counter if published(args) and not args.use_timeouts else None
-    data = load_dataset(args.env, args.data_path, timeout_rule=rule)
+    data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0, timeout_rule=rule)
     data.reward.add_(args.reward_offset)
     data = data.to(args.device)
     learners = [CPED(args, data, seed) for seed in args.seed]

@@ -385,6 +385,7 @@ def piece_returns(data):
 
 def prepare(data):
     """Scale rewards by 1000 / (range of the pieces' returns), keep actions off the edge of the box; in place."""
+    data.need_order("returns")
     returns = piece_returns(data)
     spread = returns.max() - returns.min()
     if spread > 0:
@@ -447,7 +448,8 @@ def main():
     if args.evaluate:
         return evaluate_run(args, DAC)
     is_bandit = args.env in OURS and args.env.startswith("bandit-")
-    data = bandit(args.env) if is_bandit else prepare(load_dataset(args.env, args.data_path))
+    judge = args.eval_episodes > 0
+    data = bandit(args.env) if is_bandit else prepare(load_dataset(args.env, args.data_path, judge=judge))
     data = data.to(args.device)
     learners = [DAC(args, data, seed) for seed in args.seed]
     args.paper_score = PUBLISHED.get(args.env)

@@ -494,7 +494,7 @@ def main():
     Learner = DTQLKL if args.behavior_reg == "kl" else DTQL
     if args.evaluate:
         return evaluate_run(args, Learner)
-    data = load_dataset(args.env, args.data_path)
+    data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0)
     data.reward.add_(args.reward_offset)
     data = data.to(args.device)
     learners = [Learner(args, data, seed) for seed in args.seed]

@@ -581,6 +581,7 @@ def truncated_returns(reward, end, gamma, window, stride, most=100):
 
 def return_dataset(data, gamma, window, stride):
     """D_Q: rows (s, a, x) [n, S + A + 1], x the truncated return scaled to [-1, 1], and (Qmin, Qmax) [2]."""
+    data.need_order("returns")
     jump = (data.obs[1:] - data.next_obs[:-1]).norm(dim=1) > 1e-6  # a time limit or a reset
     end = torch.cat([jump | (data.terminal[:-1] > 0), torch.tensor([True])])
     start, value = truncated_returns(data.reward.double(), end, gamma, window, stride)
@@ -677,7 +678,7 @@ def main():
     args = parse_args(Args, PAPER | OURS, check, proportional=("score_steps", "consistency_steps"), doc=__doc__)
     if args.evaluate:
         return evaluate_run(args, QDQ)
-    data = load_dataset(args.env, args.data_path)
+    data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0)
     data.reward.add_(args.reward_offset)
     q_rows, q_range = return_dataset(data, args.gamma, args.window, args.window_stride)
     data, q_rows = data.to(args.device), q_rows.to(args.device)

@@ -419,6 +419,7 @@ def scale_rewards(data, length=1000):
     A window closes at a terminal or after `length` rows. Time-limit rows are not in the data, so that windows slide
     across episodes (difference 10); the unfinished last one does not count.
     """
+    data.need_order("returns (or --no-scale-rewards)")
     returns, total, rows = [], 0.0, 0
     for reward, terminal in zip(data.reward.tolist(), data.terminal.tolist()):
         total, rows = total + reward, rows + 1
@@ -465,7 +466,7 @@ def main():
     args = parse_args(Args, PAPER | OURS, check, proportional=("critic_steps", "behavior_steps"), doc=__doc__)
     if args.evaluate:
         return evaluate_run(args, SRPO)
-    data = load_dataset(args.env, args.data_path)
+    data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0)
     if args.scale_rewards:
         scale_rewards(data)
     data.reward.add_(args.reward_offset)
