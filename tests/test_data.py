@@ -287,6 +287,8 @@ def test_ends_may_lack_next_observations(tmp_path):
     assert len(data) == len(end) - raw["timeouts"].sum() and data.terminal.sum() == 1
     assert data.rows[:, :-2].isfinite().all()
     check_transitions(data, raw)
+    data = load(tmp_path, holes, true_next_obs=True)
+    assert torch.equal(data.next_obs[data.terminal == 1], data.obs[data.terminal == 1])
     data = load(tmp_path, without(holes, "timeouts"))  # in order: the holes show the ends
     assert data.episode.max() == 3
     check_transitions(data, raw)
@@ -355,7 +357,11 @@ def test_masks(tmp_path, capsys, kind):
     check_transitions(data, raw | dict(terminals=over))
 
 
-def test_masks_that_only_repeat_terminals(tmp_path):
+def test_masks_that_only_repeat_terminals(tmp_path, capsys):
+    raw = arrays(terminal_rate=0.05)
+    raw["observations"], raw["actions"] = raw["observations"][:, :3], raw["actions"][:, :1]
+    load(tmp_path, without(raw, "timeouts") | dict(masks=1 - raw["terminals"]))
+    assert "no timeouts, so terminals end the task; a time limit is assumed every 200" in capsys.readouterr().out
     raw = arrays(terminal_rate=0.05)
     data = common.load_dataset(HOPPER, write(tmp_path / "x.npz", raw | dict(masks=1 - raw["terminals"])))
     np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
@@ -381,6 +387,7 @@ def test_actions_a_little_outside(tmp_path, capsys, factor, said):
         load(tmp_path, raw)
 
 
+@pytest.mark.filterwarnings("error")
 def test_without_an_environment(tmp_path, capsys):
     raw = episodes()
     path = write(tmp_path / "x.npz", raw)
