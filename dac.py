@@ -4,50 +4,55 @@ Linjiajie Fang, Ruoxue Liu, Jing Zhang, Wenjia Wang, Bing-Yi Jing: "Diffusion Ac
 Policy Iteration as Diffusion Noise Regression for Offline Reinforcement Learning", ICLR 2025, arXiv:2405.20555.
 Official code: github.com/Fang-Lin93/DAC, commit e254357.
 
-    python dac.py                              # built-in HalfCheetah data, minutes on a CPU core
-    python dac.py --env hopper-medium-v2       # the paper's run
-    python dac.py --env bandit-3gaussians --guidance hard      # the authors' 2-D example; result: bandit.png
+    python dac.py                                            # built-in HalfCheetah data, minutes on a CPU core
+    python dac.py --env hopper-medium-v2                     # the paper's run
+    python dac.py --env bandit-3gaussians --guidance hard    # the authors' 2-D example; result: bandit.png
 
-The improved policy pi* ~ pi_b exp(Q / eta) is a diffusion model whose score, at every noise level, is the data's score
-plus grad Q / eta. So one noise predictor, trained by regression, is the policy: no model of the behaviour policy, no
-gradient through the denoising chain. (Exact at t = 0 only: the score of noised pi* has log E[exp(Q(a) / eta) | x_t]
-in the place of Q(x_t) / eta. What it samples is greedier than pi*: tests/benchmarks/claim_dac.py.)
+The improved policy pi*, in proportion to pi_b exp(Q / eta), is a diffusion model whose score is the data's plus grad Q
+/ eta. So one noise predictor, trained by regression, is the policy: no model of pi_b, no gradient through the denoising
+chain. (Exact at t = 0 only: what it samples is greedier than pi*, see tests/benchmarks/claim_dac.py.)
 
-    noised      x_t = sqrt(abar_t) a + w_t eps,  w_t = sqrt(1 - abar_t),  t uniform in 1..T             noise_schedule
-    regression  eps*(x_t, s, t) = eps - w_t g / (2 eta), the minimum of L_A                Eq. 14, 15; Theorems 1, 2
-    gradient    g = grad_x mean_h Q_h(s, x) at x = x_t, divided by E |Q_h(s, a)|, a from the data  Eq. 19, q_gradient
-    actor       L_A = eta E |eps_theta(x_t, s, t) - eps|^2 + E w_t g . eps_theta(x_t, s, t)
-                                                                           Eq. 16, denoising_loss and guidance_loss
-    dual        eta <- eta + alpha_eta (E |eps_theta - eps|^2 - b)
-    critic      L_C = E (r + gamma Q_LCB(s', a') - Q_h(s, a))^2,  a' from the target actor,  h = 1..H
-                Q_LCB = mean_h Q_h - rho std_h Q_h, of the target critics                         Eq. 18, lcb_target
-    Algorithm 1 lines 3, 12: update;  4 to 7, 13: critic_step (4: denoise);  8 to 11: actor_step
+    noised     x_t = sqrt(abar_t) a + w_t eps,  w_t = sqrt(1 - abar_t),  t in 1..T                      noise_schedule
+    gradient   g = grad_x mean_h Q_h(s, x) at x = x_t, over E |Q_h(s, a)|, a from the data     Eq. 19   q_gradient
+    actor      L_A = eta E |eps_theta(x_t, s, t) - eps|^2                                      Eq. 16   denoising_loss
+                     + E w_t g . eps_theta(x_t, s, t)                                                   guidance_loss
+               least at eps_theta = E[eps | x_t, s] - w_t g / (2 eta)                          Theorems 1, 2
+    dual       eta <- eta + alpha_eta (E |eps_theta - eps|^2 - b)                                       actor_step
+    critic     L_C = E (r + gamma Q_LCB(s', a') - Q_h(s, a))^2,  a' of the target actor        Eq. 18   critic_step
+               Q_LCB = mean_h Q_h - rho std_h Q_h, of the target critics, h = 1..H                      lcb_target
 
-"Soft" guidance fades with the noise: w_t g. The ablations: "hard", g alone; "denoised", no g but grad Q at the end of
-the denoising chain, through the chain. To act: denoise 10 actions, take the one with the largest mean target Q.
+    Algorithm 1  lines 3, 12, 13: update;  4 to 7: critic_step (4: denoise);  8 to 11: actor_step
+    ablations    "hard" guidance, g without w_t, which weakens "soft" guidance as the noise shrinks; "denoised", grad Q
+                 at the end of the denoising chain and through it
+    to act       10 actions denoised, the one with the largest mean target Q                            act
 
-Differences between paper, official code and this file (which follows the code unless a flag is named):
- 1. Eq. 15 regresses to eps - w g / eta; Eq. 16 and the code lack a factor 2 and reach eps - w g / (2 eta), above.
-    Eq. 15 itself: --guidance-scale 2.
- 2. The paper writes squared norms; the code averages over action dimensions, and b in the table belongs to that.
- 3. t is continuous in Alg. 1, an integer in 1..T in the code.
- 4. The dual step takes the loss of the updated actor, its residual is cut to [-1, 1], and eta stays in [0.001, 100].
- 5. Alg. 1 moves the target actor at every update; in the code it keeps its random start for 1000 updates and then
-    moves at every fifth: --actor-ema-start, --actor-ema-every. The target critics move at every update, before the
-    actor's step.
- 6. Alg. 1 draws one a'; the code 10, and averages (AntMaze: maximises) each critic over them before it takes mean and
-    std over critics, the std with division by H: --next-samples, --max-q-backup.
- 7. The mean of |Q| in Eq. 19 is over the minibatch; g sees the mean of the target critics, without pessimism.
- 8. The sampler's noise has variance beta_t, not the posterior's, and x_0 is cut to the action box at each step:
-    --no-clip-denoised. With T = 5 this shrinks the spread of the data: 0.2 becomes 0.114.
- 9. Gradients are clipped to norm 1 (all critics together) and both learning rates fall to zero along a cosine;
-    neither is in Alg. 1: --lr-decay-steps.
-10. Between 2024-05-28 and 2024-06-02 the code divided rho by sqrt(H) and used 1e-3 for the critic on three more AntMaze
-    sets; the table below is that of the last commit: --rho, --critic-lr.
-11. AntMaze is the v0 data with rewards 0 and 1000: the code scales by the range of returns there too, without -1.
-12. The code draws batches without replacement; here with.
-13. Bandits: the code has 800 (moons, circles: 400) actions whose reward noise is new at each visit; here 10,000 with
-    one draw each, 5,000 updates instead of 20,000, and one next sample, because every row is terminal.
+    The paper (P) or its code (C)                           This file, which follows C where nothing else is said
+ 1. P: Eq. 15 regresses to eps - w_t g / eta                Eq. 16 lacks a factor 2, hence the 2 eta above; for Eq. 15
+                                                            --guidance-scale 2
+ 2. P: squared norms                                        means over action dimensions, to which the table's b belongs
+ 3. P: t is continuous                                      an integer
+ 4. P: the dual step follows the actor's                    its loss is from before the actor's step, the residual is
+                                                            cut to [-1, 1], and eta stays in [0.001, 100]
+ 5. P: both targets move last, at every update              critics: before the actor's step; actor: at every fifth
+                                                            update, after 1000 with its random start:
+                                                            --actor-ema-every, --actor-ema-start
+ 6. P: one a'                                               10, averaged (AntMaze: maximised) for each critic, before
+                                                            mean and std over critics (the std divides by H):
+                                                            --next-samples, --max-q-backup
+ 7. P: E |Q| over the data                                  over the minibatch; g sees the mean of the target critics,
+                                                            without pessimism
+ 8. C: the sampler's noise has variance beta_t, not the     the same, --no-clip-denoised. With T = 5 a spread of 0.2
+    posterior's, and x_0 is cut to the action box           in the data becomes 0.114
+ 9. P: neither gradient clipping nor decay                  norm 1 for each net, all critics together; both rates fall
+                                                            to zero along a cosine: --lr-decay-steps
+10. C: from 2024-05-28 to 06-02 rho was divided by          the table is that of the last commit: --rho, --critic-lr
+    sqrt(H), and critics of three more AntMaze sets
+    learned at 1e-3
+11. C: AntMaze-v0, rewards scaled by the range of returns   the same: rewards are 0 and 1000, without -1
+12. C: batches without replacement                          with
+13. C: bandits of 800 actions (3gaussians 1,200, moons and  10,000 with one draw each; 5,000 updates, decay over them,
+    circles 400) with new reward noise at each visit;       and one a', because every row is terminal
+    20,000 updates, decay over 2,000,000
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
 `Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; the README has 20 lines.
@@ -56,13 +61,27 @@ To lift this file out: bring your own `load_dataset` (a `sample(batch_size, gene
 import copy
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
 import torch.nn as nn
 
-from common import Dataset, Metrics, Run, RunArgs, capture, cli, evaluate_run, load_dataset, parse_args, save_figure
+from common import (
+    SCENES,
+    Metrics,
+    Run,
+    RunArgs,
+    UserError,
+    at_least,
+    at_most,
+    capture,
+    cli,
+    evaluate_run,
+    load_dataset,
+    parse_args,
+    useless,
+)
 
 
 @dataclass
@@ -71,91 +90,71 @@ class Args(RunArgs):
     eval_every: int = 10_000
 
     # DAC
-    gamma: float = 0.99
-    """Discount."""
-    lr: float = 3e-4
-    """Learning rate of the actor (alpha_theta)."""
-    critic_lr: float = 3e-4
-    """Learning rate of the critics (alpha_phi)."""
-    lr_decay_steps: int | None = None
-    """Length of the cosine decay of both learning rates to zero, in updates; --steps unless given."""
-    tau: float = 0.005
-    """Rate of both targets (alpha_ema)."""
-    actor_ema_every: int = 5
-    """Updates between moves of the target actor."""
-    actor_ema_start: int = 1_000
-    """Updates during which the target actor keeps its random start."""
-    critics: int = 10
-    """Size of the ensemble (H)."""
-    rho: float = 1.0
-    """Pessimism, in standard deviations over the ensemble (rho)."""
-    next_samples: int = 10
-    """Next actions per transition in the critic's target."""
-    max_q_backup: bool = False
-    """Maximum instead of mean over the next actions, for each critic on its own."""
-    diffusion_steps: int = 5
-    """Denoising steps (T)."""
-    clip_denoised: bool = True
-    """Cut the prediction of x_0 to the action box at each denoising step."""
-    guidance: Literal["soft", "hard", "denoised"] = "soft"
-    """Q-guidance: w_t g, g, or the gradient of Q through the denoising chain."""
-    guidance_scale: float = 1.0
-    """Factor on the guidance; 2 is Eq. 15."""
-    eta: float = 1.0
-    """Weight of the noise regression (eta), or where its dual ascent begins."""
-    eta_lr: float = 1e-3
-    """Step of the dual ascent (alpha_eta); 0 keeps eta fixed."""
-    bc_threshold: float = 1.0
-    """Noise regression loss that the dual ascent aims at (b), per action dimension."""
-    hidden: int = 256
-    """Width of critics and actor."""
-    time_dim: int = 16
-    """Size of the time embedding."""
-    candidates: int = 10
-    """Actions to choose from when acting."""
+    gamma: float = 0.99  # Discount.
+    actor_lr: float = 3e-4  # Learning rate of the actor (alpha_theta).
+    critic_lr: float = 3e-4  # Learning rate of the critics (alpha_phi).
+    lr_decay_steps: int | None = None  # Updates over which both rates fall to zero; --steps unless given.
+    tau: float = 0.005  # Rate of both targets (alpha_ema).
+    actor_ema_every: int = 5  # Updates between moves of the target actor.
+    actor_ema_start: int = 1_000  # Updates during which the target actor keeps its random start.
+    critics: int = 10  # Size of the ensemble (H).
+    rho: float = 1.0  # Pessimism, in standard deviations over the ensemble (rho).
+    next_samples: int = 10  # Next actions per transition in the critic's target.
+    max_q_backup: bool = False  # Maximum instead of mean over the next actions, for each critic on its own.
+    diffusion_steps: int = 5  # Denoising steps (T).
+    clip_denoised: bool = True  # Cut the prediction of x_0 to the action box at each denoising step.
+    guidance: Literal["soft", "hard", "denoised"] = "soft"  # w_t g, g, or grad Q through the denoising chain.
+    guidance_scale: float = 1.0  # Factor on the guidance; 2 is Eq. 15.
+    eta: float = 1.0  # Weight of the noise regression (eta), or where its dual ascent begins.
+    eta_lr: float = 1e-3  # Step of the dual ascent (alpha_eta); 0 keeps eta fixed.
+    bc_threshold: float = 1.0  # Noise regression loss that the dual ascent aims at (b), per action dimension.
+    hidden: int = 256  # Width of critics and actor.
+    time_dim: int = 16  # Size of the time embedding.
+    candidates: int = 10  # Actions to choose from when acting.
 
 
 MAZE = dict(eta=0.1, eta_lr=0.0, max_q_backup=True)  # one fixed eta, so b has no role
-PAPER = {  # runs.sh of the official code; what is not named here is the same everywhere
-    "halfcheetah-medium-v2": dict(bc_threshold=1.0, rho=0.0),
-    "halfcheetah-medium-replay-v2": dict(bc_threshold=1.0, rho=0.0),
-    "halfcheetah-medium-expert-v2": dict(bc_threshold=0.1, rho=0.0),
-    "hopper-medium-v2": dict(bc_threshold=1.0, rho=1.5),
-    "hopper-medium-replay-v2": dict(bc_threshold=1.0, rho=1.5),
-    "hopper-medium-expert-v2": dict(bc_threshold=0.05, rho=1.5),
-    "walker2d-medium-v2": dict(bc_threshold=1.0, rho=1.0),
-    "walker2d-medium-replay-v2": dict(bc_threshold=1.0, rho=1.0),
-    "walker2d-medium-expert-v2": dict(bc_threshold=1.0, rho=1.0),
-    "antmaze-umaze-v0": MAZE | dict(rho=1.0),
-    "antmaze-umaze-diverse-v0": MAZE | dict(rho=1.0),
-    "antmaze-medium-play-v0": MAZE | dict(rho=1.0),
-    "antmaze-medium-diverse-v0": MAZE | dict(rho=1.0),
-    "antmaze-large-play-v0": MAZE | dict(rho=1.1, critic_lr=1e-3),
-    "antmaze-large-diverse-v0": MAZE | dict(rho=1.0, critic_lr=1e-3),
+PAPER = {  # runs.sh of the official code: b, rho (what is not named is the same everywhere); the paper's table: score
+    "halfcheetah-medium-v2": dict(bc_threshold=1.0, rho=0.0, paper_score=59.1),
+    "halfcheetah-medium-replay-v2": dict(bc_threshold=1.0, rho=0.0, paper_score=55.0),
+    "halfcheetah-medium-expert-v2": dict(bc_threshold=0.1, rho=0.0, paper_score=99.1),
+    "hopper-medium-v2": dict(bc_threshold=1.0, rho=1.5, paper_score=101.2),
+    "hopper-medium-replay-v2": dict(bc_threshold=1.0, rho=1.5, paper_score=103.1),
+    "hopper-medium-expert-v2": dict(bc_threshold=0.05, rho=1.5, paper_score=111.7),
+    "walker2d-medium-v2": dict(bc_threshold=1.0, rho=1.0, paper_score=96.8),
+    "walker2d-medium-replay-v2": dict(bc_threshold=1.0, rho=1.0, paper_score=96.8),
+    "walker2d-medium-expert-v2": dict(bc_threshold=1.0, rho=1.0, paper_score=113.6),
+    "antmaze-umaze-v0": MAZE | dict(rho=1.0, paper_score=99.5),
+    "antmaze-umaze-diverse-v0": MAZE | dict(rho=1.0, paper_score=85.0),
+    "antmaze-medium-play-v0": MAZE | dict(rho=1.0, paper_score=85.8),
+    "antmaze-medium-diverse-v0": MAZE | dict(rho=1.0, paper_score=84.0),
+    "antmaze-large-play-v0": MAZE | dict(rho=1.1, critic_lr=1e-3, paper_score=50.3),
+    "antmaze-large-diverse-v0": MAZE | dict(rho=1.0, critic_lr=1e-3, paper_score=55.3),
 }
-DEMO = dict(hidden=64, critics=4, next_samples=1, candidates=1, batch_size=128, lr=1e-3, critic_lr=3e-3, tau=0.02,
-            actor_ema_every=1, actor_ema_start=0, rho=2.0, eta=0.2, eta_lr=0.01, bc_threshold=0.12,
+DEMO = dict(hidden=64, critics=4, next_samples=1, candidates=1, batch_size=128, actor_lr=1e-3, critic_lr=3e-3,
+            tau=0.02, actor_ema_every=1, actor_ema_start=0, rho=2.0, eta=0.2, eta_lr=0.01, bc_threshold=0.12,
             eval_every=1_500, log_every=500)  # fmt: skip
-BANDIT = dict(steps=5_000, batch_size=128, lr=1e-3, critic_lr=1e-3, critics=5, next_samples=1, candidates=1, hidden=64,
-              diffusion_steps=50, clip_denoised=False, eta_lr=0.01, bc_threshold=1.3, actor_ema_start=10,
+BANDIT = dict(steps=5_000, batch_size=128, actor_lr=1e-3, critic_lr=1e-3, critics=5, next_samples=1, candidates=1,
+              hidden=64, diffusion_steps=50, clip_denoised=False, eta_lr=0.01, bc_threshold=1.3, actor_ema_start=10,
               eval_every=1_000, log_every=200)  # fmt: skip
-OURS = {  # settings of this project: built-in data on two CPU cores, and the bandits of the official code
-    "halfcheetah-demo-medium-replay": DEMO | dict(steps=12_000),
-    "pendulum-demo-medium": DEMO | dict(steps=4_000, gamma=0.95, eval_every=1_000),
-    **{f"bandit-{shape}": BANDIT for shape in ("2gaussians", "3gaussians", "moons", "circles")},
+OURS = {  # settings of this project: built-in data on two CPU cores, and 2-D bandits (the official code's)
+    "halfcheetah-demo": DEMO | dict(steps=12_000),
+    "pendulum-demo": DEMO | dict(steps=4_000, gamma=0.95, eval_every=1_000),
+    "bandit": BANDIT,
 }
-PUBLISHED = {  # the paper's main table
-    "halfcheetah-medium-v2": 59.1, "hopper-medium-v2": 101.2, "walker2d-medium-v2": 96.8,
-    "halfcheetah-medium-replay-v2": 55.0, "hopper-medium-replay-v2": 103.1, "walker2d-medium-replay-v2": 96.8,
-    "halfcheetah-medium-expert-v2": 99.1, "hopper-medium-expert-v2": 111.7, "walker2d-medium-expert-v2": 113.6,
-    "antmaze-umaze-v0": 99.5, "antmaze-umaze-diverse-v0": 85.0, "antmaze-medium-play-v0": 85.8,
-    "antmaze-medium-diverse-v0": 84.0, "antmaze-large-play-v0": 50.3, "antmaze-large-diverse-v0": 55.3,
-}  # fmt: skip
 PROTOCOL = "mean of the last five evaluations, 8 seeds, 10 episodes each"
 
 B_MIN, B_MAX = 0.1, 10.0  # noise schedule
 ETA_MIN, ETA_MAX = 0.001, 100.0
 EPS = 1e-6
+
+
+def mlp(sizes, activation, linear=nn.Linear):
+    """Linear layers of these sizes, `activation` after all but the last."""
+    layers = []
+    for d_in, d_out in zip(sizes, sizes[1:]):
+        layers += [linear(d_in, d_out), activation()]
+    return nn.Sequential(*layers[:-1])
 
 
 class EnsembleLinear(nn.Module):
@@ -177,11 +176,7 @@ class Critic(nn.Module):
     def __init__(self, n, obs_dim, action_dim, hidden):
         super().__init__()
         self.n = n
-        layers, width = [], obs_dim + action_dim
-        for _ in range(3):
-            layers += [EnsembleLinear(n, width, hidden), nn.Mish()]
-            width = hidden
-        self.net = nn.Sequential(*layers, EnsembleLinear(n, hidden, 1))
+        self.net = mlp([obs_dim + action_dim, hidden, hidden, hidden, 1], nn.Mish, partial(EnsembleLinear, n))
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], dim=-1)
@@ -189,17 +184,13 @@ class Critic(nn.Module):
 
 
 class Actor(nn.Module):
-    """Noise predictor eps: x_t [B, A], obs [B, S], t [B, 1] or, for all rows, [1, 1] -> [B, A]."""
+    """Noise predictor eps_theta: x_t [B, A], obs [B, S], t [B, 1] or, for all rows, [1, 1] -> [B, A]."""
 
     def __init__(self, obs_dim, action_dim, hidden, time_dim):
         super().__init__()
         self.register_buffer("freqs", torch.exp(-math.log(10_000) * torch.linspace(0, 1, time_dim // 2)))
-        self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, 2 * time_dim))
-        layers, width = [], obs_dim + action_dim + 2 * time_dim
-        for _ in range(3):
-            layers += [nn.Linear(width, hidden), nn.Mish()]
-            width = hidden
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, action_dim))
+        self.time = mlp([time_dim, 2 * time_dim, 2 * time_dim], nn.Mish)
+        self.net = mlp([obs_dim + action_dim + 2 * time_dim, hidden, hidden, hidden, action_dim], nn.Mish)
         for layer in (*self.time, *self.net):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -240,13 +231,14 @@ def denoise(net, obs, action_dim, steps, generator, clip=None):
     return x  # at t = 1 the two factors are 1 and 0
 
 
-def lcb_target(q, reward, terminal, gamma, rho, max_q_backup=False):
-    """y = r + gamma (1 - terminal) Q_LCB, Eq. 18: q [H, B, N] of the target critics at N next actions -> [B].
+def lcb_target(next_q, reward, terminal, gamma, rho, max_q_backup=False):
+    """y = r + gamma (1 - terminal) Q_LCB, Eq. 18: next_q [H, B, N] of the target critics at N next actions -> [B].
 
     Each critic is averaged (or maximised) over the next actions first; then comes mean - rho std over critics.
     """
-    q = q.amax(-1) if max_q_backup else q.mean(-1)
-    return reward + gamma * (1 - terminal) * (q.mean(0) - rho * q.std(0, correction=0))
+    next_v = next_q.amax(-1) if max_q_backup else next_q.mean(-1)
+    q_lcb = next_v.mean(0) - rho * next_v.std(0, correction=0)
+    return reward + gamma * (1 - terminal) * q_lcb
 
 
 def q_gradient(critic, obs, action, x):
@@ -267,6 +259,29 @@ def guidance_loss(predicted, gradient, weight):
     return (weight * gradient * predicted).mean()
 
 
+def adam(parameters, lr, **more):
+    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    parameters = list(parameters)
+    device = parameters[0].device
+    lr = torch.tensor(lr, device=device)
+    return torch.optim.Adam(parameters, lr, fused=True, capturable=device.type == "cuda", **more)
+
+
+def set_lr(opt, lr):
+    opt.param_groups[0]["lr"].copy_(lr)
+
+
+def cosine(step, steps):
+    """Factor of a learning rate after `step` (a tensor) of `steps` updates: 1 to 0."""
+    return 0.5 * (1 + torch.cos(math.pi * step / steps))
+
+
+@torch.no_grad()
+def update_target(target, net, tau):
+    """target <- (1 - tau) target + tau net"""
+    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), tau)
+
+
 class DAC:
     """All that belongs to one seed: networks, optimisers, the update, and acting."""
 
@@ -277,19 +292,18 @@ class DAC:
         self.metrics = Metrics()
         torch.manual_seed(seed)
         obs_dim, action_dim = data.obs_dim, data.action_dim
-        self.max_action, self.clip = data.max_action, data.max_action if args.clip_denoised else None
+        self.clip = data.max_action if args.clip_denoised else None
         self.alpha_bar = torch.tensor(noise_schedule(args.diffusion_steps)[1], device=device)
+
         self.actor = Actor(obs_dim, action_dim, args.hidden, args.time_dim).to(device)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Critic(args.critics, obs_dim, action_dim, args.hidden).to(device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
 
-        def adam(params, lr):
-            lr = torch.tensor(lr, device=device)  # a tensor, so that a captured update sees it change
-            return torch.optim.Adam(params, lr, fused=True, capturable=device.type == "cuda")
-
-        self.actor_opt = adam(self.actor.parameters(), args.lr)
+        self.actor_opt = adam(self.actor.parameters(), args.actor_lr)
         self.critic_opt = adam(self.critic.parameters(), args.critic_lr)
+        self.rates = [(self.actor_opt, args.actor_lr), (self.critic_opt, args.critic_lr)]
+        self.decay_steps = args.lr_decay_steps or args.steps
         self.eta = torch.tensor(args.eta, device=device)
         self.step = torch.zeros((), device=device)  # updates done
         self.state = dict(
@@ -297,58 +311,60 @@ class DAC:
             critic=self.critic, critic_target=self.critic_target, critic_opt=self.critic_opt,
             eta=self.eta, step=self.step, generator=self.generator,
         )  # fmt: skip
-        self.opts = [(self.actor_opt, args.lr), (self.critic_opt, args.critic_lr)]
 
     def update(self):
         """`actor_ema_every` iterations of Algorithm 1, the first of which moves the target actor."""
         for i in range(self.args.actor_ema_every):
             batch = self.data.sample(self.args.batch_size, self.generator)
             self.critic_step(batch)
+            update_target(self.critic_target, self.critic, self.args.tau)
             self.actor_step(batch)
-            with torch.no_grad():
-                if i == 0:
-                    tau = self.args.tau * (self.step > self.args.actor_ema_start)  # a tensor: 0 until the start
-                    for target, online in zip(self.actor_target.parameters(), self.actor.parameters()):
-                        target.lerp_(online, tau)
-                self.step += 1
-                progress = self.step / (self.args.lr_decay_steps or self.args.steps)
-                for opt, lr in self.opts:  # cosine to zero
-                    opt.param_groups[0]["lr"].copy_(lr * 0.5 * (1 + torch.cos(math.pi * progress.clamp_max(1))))
+            if i == 0:
+                self.update_actor_target()
+            self.step += 1
+            factor = cosine(self.step.clamp_max(self.decay_steps), self.decay_steps)
+            for opt, lr in self.rates:
+                set_lr(opt, lr * factor)
 
     def critic_step(self, batch):
-        n, k = len(batch.next_obs), self.args.next_samples
+        # target, Eq. 18
         with torch.no_grad():
+            n, k = len(batch.next_obs), self.args.next_samples
             next_obs = batch.next_obs.repeat_interleave(k, dim=0)
             next_action = self.sample_actions(self.actor_target, next_obs, self.generator)
             next_q = self.critic_target(next_obs, next_action).view(-1, n, k)
             target = lcb_target(
                 next_q, batch.reward, batch.terminal, self.args.gamma, self.args.rho, self.args.max_q_backup
             )
+
         q = self.critic(batch.obs, batch.action)
-        critic_loss = ((q - target) ** 2).mean()  # Eq. 18
+        critic_loss = ((q - target) ** 2).mean()
         self.critic_opt.zero_grad()
         critic_loss.backward()
         nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
         self.critic_opt.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.args.tau)
         self.metrics.add(critic_loss=critic_loss, q_std=q.std(0, correction=0).mean())
 
     def actor_step(self, batch):
+        # noise regression
         noise = torch.randn(batch.action.shape, device=batch.action.device, generator=self.generator)
         t = torch.randint(
             1, self.args.diffusion_steps + 1, (len(noise), 1), device=noise.device, generator=self.generator
         )
         alpha_bar = self.alpha_bar[t]
-        x, weight = alpha_bar.sqrt() * batch.action + (1 - alpha_bar).sqrt() * noise, (1 - alpha_bar).sqrt()
-        gradient, scale = q_gradient(self.critic_target, batch.obs, batch.action, x)  # Eq. 19
+        w = (1 - alpha_bar).sqrt()
+        x = alpha_bar.sqrt() * batch.action + w * noise
         predicted = self.actor(x, batch.obs, t)
         behavior_loss = denoising_loss(predicted, noise)
+
+        # guidance, Eq. 19
+        gradient, scale = q_gradient(self.critic_target, batch.obs, batch.action, x)
         if self.args.guidance == "denoised":
             action = self.sample_actions(self.actor, batch.obs, self.generator)
             q_loss = -self.critic_target(batch.obs, action).mean() / (scale + EPS)
         else:
-            q_loss = guidance_loss(predicted, gradient, weight if self.args.guidance == "soft" else 1)
+            q_loss = guidance_loss(predicted, gradient, w if self.args.guidance == "soft" else 1)
+
         actor_loss = self.eta * behavior_loss + self.args.guidance_scale * q_loss  # Eq. 16
         self.actor_opt.zero_grad()
         actor_loss.backward()
@@ -356,10 +372,18 @@ class DAC:
         self.actor_opt.step()
         self.metrics.add(actor_loss=actor_loss, behavior_loss=behavior_loss, q_scale=scale,
                          q_gradient=gradient.abs().mean(), eta=self.eta)  # fmt: skip
+
+        # dual ascent
         if self.args.eta_lr:
-            with torch.no_grad():  # dual ascent, with the updated actor at the same noisy actions
-                excess = denoising_loss(self.actor(x, batch.obs, t), noise) - self.args.bc_threshold
-                self.eta.add_(self.args.eta_lr * excess.clamp(-1, 1)).clamp_(ETA_MIN, ETA_MAX)
+            excess = behavior_loss.detach() - self.args.bc_threshold
+            self.eta.add_(self.args.eta_lr * excess.clamp(-1, 1)).clamp_(ETA_MIN, ETA_MAX)
+
+    @torch.no_grad()
+    def update_actor_target(self):
+        """Like update_target, but its rate is a tensor, 0 until `actor_ema_start`: a captured update cannot branch."""
+        tau = self.args.tau * (self.step > self.args.actor_ema_start)
+        for target, online in zip(self.actor_target.parameters(), self.actor.parameters()):
+            target.lerp_(online, tau)
 
     def sample_actions(self, actor, obs, generator):
         """One action of `actor` for each row of obs: [B, S] -> [B, A]."""
@@ -372,7 +396,7 @@ class DAC:
         action = self.sample_actions(self.actor, obs, generator)
         q = self.critic_target(obs, action).mean(0).view(n, k)
         best = action.view(n, k, -1)[torch.arange(n, device=obs.device), q.argmax(1)]
-        return best.clamp(-self.max_action, self.max_action)
+        return best.clamp(-self.data.max_action, self.data.max_action)
 
 
 def piece_returns(data):
@@ -392,74 +416,43 @@ def prepare(data):
         data.reward.mul_(1000 / spread)
     else:
         print(f"note: all trajectories of {data.name} have the same return; rewards are left as they are")
-    data.action.clamp_(-1 + 1e-5, 1 - 1e-5)
-    return data
+    limit = data.max_action - 1e-5
+    data.action.clamp_(-limit, limit)
 
 
-OPTIMUM = (0.4, -0.4)  # best action of the bandits
-
-
-def bandit(name):
-    """The 2-D bandits of the official code: one state, one step, a noisy reward that falls off around OPTIMUM."""
-    generator = torch.Generator().manual_seed(0)
-    shape = name.split("-")[1]
-    if shape.endswith("gaussians"):
-        two, three = ((-0.6, 0.6), (0.4, 0.2)), ((-0.6, 0.6), (0.4, 0.4), (-0.4, -0.4))
-        centers, std = torch.tensor(two if shape == "2gaussians" else three), 0.1
-    else:
-        half, whole = torch.linspace(0, math.pi, 20)[:, None], torch.linspace(0, 2 * math.pi, 21)[:20, None]
-        if shape == "moons":
-            upper = torch.cat([half.cos(), half.sin()], 1)
-            centers = torch.cat([upper, torch.tensor([1.0, 0.5]) - upper])
-        else:
-            circle = torch.cat([whole.cos(), whole.sin()], 1)
-            centers = torch.cat([circle, 0.8 * circle])
-        low, high = centers.amin(0), centers.amax(0)
-        centers, std = 1.1 * (centers - low) / (high - low) + torch.tensor([-0.8, -0.2]), 0.05
-    action = centers[torch.randint(len(centers), (10_000,), generator=generator)]
-    action = (action + std * torch.randn(action.shape, generator=generator)).clamp(-1, 1)
-    data = Dataset.bandit(name, action, lambda action: -(action - torch.tensor(OPTIMUM)).norm(dim=1))
-    data.reward.add_(0.5 * torch.randn(len(data), generator=generator))
-    return data
-
-
-def draw_bandit(learner, data, path):
-    """Actions of the policy (red) over the data, coloured by reward, contours of the mean critic, and the optimum."""
-    obs = torch.zeros(500, 1, device=learner.generator.device)
-    grid = torch.linspace(-1.5, 1.5, 61, device=obs.device)
-    with torch.no_grad():
-        action = learner.sample_actions(learner.actor, obs, torch.Generator(obs.device).manual_seed(0)).cpu()
-        points = torch.cartesian_prod(grid, grid)
-        q = learner.critic_target(obs[:1].expand(len(points), 1), points).mean(0).view(61, 61).T.cpu()
-
-    def draw(axes):
-        axes.scatter(*data.action.cpu().T, c=-(data.action.cpu() - torch.tensor(OPTIMUM)).norm(dim=1), s=2)
-        axes.contour(grid.cpu(), grid.cpu(), q, colors="grey", linewidths=0.7)
-        axes.scatter(*action.T, c="red", s=3, label="policy")
-        axes.plot(*OPTIMUM, "k*", markersize=12, label="optimum")
-        axes.set(title=f"{data.name}, {learner.args.guidance}", aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
-        axes.legend(loc="lower left", fontsize=8)
-
-    save_figure(path, draw)
+def check(args, given):
+    at_least(args, 1, "actor_ema_every", "critics", "next_samples", "diffusion_steps", "hidden", "candidates")
+    at_least(args, 0, "gamma", "actor_lr", "critic_lr", "tau", "actor_ema_start", "rho", "guidance_scale", "eta")
+    at_least(args, 0, "eta_lr", "bc_threshold")
+    at_most(args, 1, "gamma", "tau")
+    if args.lr_decay_steps is not None:
+        at_least(args, 1, "lr_decay_steps")
+    if args.time_dim < 2 or args.time_dim % 2:
+        raise UserError(f"--time-dim must be an even number, a sine and a cosine each, found {args.time_dim}")
+    if args.critics == 1:
+        useless(given, ["rho"], "with one critic")
+    if args.next_samples == 1:
+        useless(given, ["max_q_backup"], "with one next action")
+    if args.guidance_scale == 0:
+        useless(given, ["guidance"], "with --guidance-scale 0")
+    if args.eta_lr == 0:
+        useless(given, ["bc_threshold"], "with a fixed eta (--eta-lr 0)")
 
 
 def main():
-    args = parse_args(Args, PAPER | OURS, proportional=("actor_ema_start",), doc=__doc__)
+    args = parse_args(Args, PAPER | OURS, check, proportional=("actor_ema_start",), doc=__doc__)
     if args.evaluate:
         return evaluate_run(args, DAC)
-    is_bandit = args.env in OURS and args.env.startswith("bandit-")
-    judge = args.eval_episodes > 0
-    data = bandit(args.env) if is_bandit else prepare(load_dataset(args.env, args.data_path, judge=judge))
+    data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0)
+    if args.env not in SCENES:
+        prepare(data)
     data = data.to(args.device)
     learners = [DAC(args, data, seed) for seed in args.seed]
-    args.paper_score = PUBLISHED.get(args.env)
     run = Run(args, learners, data, __file__, PROTOCOL)
+
     update = capture(learners, "update")
     for _ in run.updates("update", args.steps, stride=args.actor_ema_every, evaluate=True):
         update()
-    if is_bandit:
-        for learner, folder in zip(learners, run.folders):
-            draw_bandit(learner, data, folder / "bandit.png")
     run.finish()
 
 
