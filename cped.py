@@ -374,7 +374,7 @@ class CPED:
         self.step = torch.zeros((), device=device)  # t, updates of the second phase
         self.alpha = torch.tensor(args.alpha[-1], device=device)
         self.alpha_values = torch.tensor(args.alpha, device=device)
-        self.alpha_until = args.steps * torch.tensor(args.alpha_until, device=device)
+        self.alpha_until = torch.tensor([float(round(args.steps * end)) for end in args.alpha_until], device=device)
         self.state = dict(
             behavior=self.behavior, behavior_opt=self.behavior_opt, discriminator=self.discriminator,
             discriminator_opt=self.discriminator_opt, critic=self.critic, critic_target=self.critic_target,
