@@ -32,10 +32,9 @@ in all. Eq. 5 (Prop. 3.1: Eq. 4 as inverse RL) only argues.
     own action                                              unless --epsilon gives a number
  2. P: the flow maps actions. C: it maps [s, a]             [s, a]; --density conditional models p(a | s)
  3. P: the flow-GAN goes on training beside the policy      frozen
- 4. P: actor and targets move at every update (--policy-    every second; critics and Q join later
-    delay 1), all from the start (--critic-start 0
-    --q-start 0); no terminal in y; the critic's equation
-    has max over a'
+ 4. P: actor and targets move at every update, critics and  every second (--policy-delay 1); critics and Q join later
+    Q are there from the start; no terminal in y; the       (--critic-start 0 --q-start 0)
+    critic's equation has max over a'
  5. C: alpha counts from the start of phase 1, with one     alpha counts from the start of phase 2, for any length. C
     absolute threshold: 0 for one update, negative if       changes some values one actor update later; AntMaze's first
     phase 1 has less than 400,000                           actor update has alpha 0.5 there
@@ -375,7 +374,7 @@ class CPED:
         self.step = torch.zeros((), device=device)  # t, updates of the second phase
         self.alpha = torch.tensor(args.alpha[-1], device=device)
         self.alpha_values = torch.tensor(args.alpha, device=device)
-        self.alpha_until = args.steps * torch.tensor(args.alpha_until, device=device)
+        self.alpha_until = torch.tensor([float(round(args.steps * end)) for end in args.alpha_until], device=device)
         self.state = dict(
             behavior=self.behavior, behavior_opt=self.behavior_opt, discriminator=self.discriminator,
             discriminator_opt=self.discriminator_opt, critic=self.critic, critic_target=self.critic_target,
@@ -525,7 +524,7 @@ def draw_plane(learner, data, path):
 
     def draw(axes):
         axes.imshow(density, origin="lower", extent=(-size, size, -size, size), cmap="Blues")
-        axes.scatter(*data.action[:1000].cpu().T, s=1, c="grey", label="data")
+        axes.scatter(*data.action[::10].cpu().T, s=1, c="grey", label="data")
         axes.scatter(*best, marker="x", c="black", label="greatest Q in the box")
         axes.scatter(*action, c="red", label="policy")
         axes.set(title=data.name)
@@ -544,17 +543,27 @@ def check(args, given):
     at_least(args, 0, "behavior_steps", "critic_start", "q_start", "gamma", "behavior_lr", "critic_lr", "actor_lr")
     at_least(args, 0, "tau", "target_noise", "noise_clip", "alpha_lr", "gan_weight", "gp_weight")
     at_most(args, 1, "gamma", "tau")
+    if not args.alpha or not all(math.isfinite(alpha) and alpha >= 0 for alpha in args.alpha):
+        raise UserError(f"--alpha takes weights of at least 0, found {list(args.alpha)}")
     if args.alpha_mode == "dual":
         useless(given, ["alpha_until"], "with --alpha-mode dual")
+        if "alpha" in given and len(args.alpha) > 1:
+            raise UserError(f"--alpha takes one value with --alpha-mode dual, its start, found {list(args.alpha)}")
     else:
         useless(given, ["epsilon", "alpha_lr"], "with --alpha-mode schedule")
-        if len(args.alpha) != len(args.alpha_until) + 1 or list(args.alpha_until) != sorted(args.alpha_until):
+        ends = [0, *args.alpha_until, 1]
+        if len(ends) != len(args.alpha) + 1 or not all(a < b for a, b in zip(ends, ends[1:])):
             raise UserError(
                 "--alpha-until takes increasing fractions of --steps, one fewer than --alpha has values, found "
                 f"{list(args.alpha)} and {list(args.alpha_until)}"
             )
-    if not args.alpha or not all(math.isfinite(alpha) and alpha >= 0 for alpha in args.alpha):
-        raise UserError(f"--alpha takes weights of at least 0, found {list(args.alpha)}")
+    if args.behavior_steps == 0:
+        flow = ["behavior_lr", "discriminator_steps", "gan_weight", "gp_weight"]
+        useless(given, flow, "without a first phase (--behavior-steps 0)")
+    if args.gan_weight == 0:
+        useless(given, ["gp_weight"], "with --gan-weight 0, where nothing heeds the discriminator")
+    if args.target_noise == 0:
+        useless(given, ["noise_clip"], "with --target-noise 0")
     if not published(args):
         useless(given, ["use_timeouts"], "here: only the paper's datasets, as downloaded, are read in another way")
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 import cped
-from common import Batch, Dataset, UserError, load_dataset
+from common import Batch, Dataset, UserError, get_state, load_dataset, set_state
 from cped import CPED, Args, Flow, alpha_at, gradient_penalty, logistic_nll, row_counter, target_action
 
 
@@ -143,12 +143,11 @@ def test_start(obs_dim, action_dim, flow_size, d_size, actor_size, critic_size):
     assert flow.sizes == [k // 2, k - k // 2]
 
 
-@pytest.mark.parametrize("kind", ["independent", "shifted", "dependent"])
-def test_maximum_likelihood(kind):
-    """s ~ Logistic(0, 1) and a | s ~ Logistic(., 1/4): entropy 4 - ln 4, reached by a total log scale of ln 4."""
+def test_maximum_likelihood():
+    """s ~ Logistic(0, 1), a | s ~ Logistic(s / 2 - 1, 1/4): entropy 4 - ln 4, reached by a total log scale of ln 4."""
     z = torch.logit(torch.rand(2, 100_000, 1, generator=generator()), eps=1e-7)
     obs = z[0]
-    action = z[1] / 4 + dict(independent=0.0, shifted=-1.0, dependent=0.5 * obs)[kind]
+    action = z[1] / 4 + 0.5 * obs - 1
     torch.manual_seed(0)
     flow, g = Flow(1, 1, 32), generator(1)
     opt = torch.optim.Adam(flow.parameters(), 3e-3)
@@ -160,7 +159,7 @@ def test_maximum_likelihood(kind):
     with torch.no_grad():
         nll = flow.nll(obs, action).mean().item()
     best = 4 - math.log(4)
-    assert best - 0.01 < nll < best + (0.02 if kind == "independent" else 0.04)
+    assert best - 0.01 < nll < best + 0.04
     assert flow.sigma.sum().item() == pytest.approx(math.log(4), abs=0.05)
 
 
@@ -378,9 +377,9 @@ def official_maze_alpha(n):
 
 
 def table_of(env):
-    args = Args(**cped.PAPER[env])
-    values, until = torch.tensor(args.alpha), args.steps * torch.tensor(args.alpha_until)
-    return args, lambda t: alpha_at(torch.tensor(float(t)), values, until).item()
+    learner = make_learner(**cped.PAPER[env])
+    values, until = learner.alpha_values, learner.alpha_until
+    return learner.args, lambda t: alpha_at(torch.tensor(float(t)), values, until).item()
 
 
 def test_alpha_table_of_mujoco():
@@ -404,8 +403,8 @@ def test_alpha_table_of_antmaze():
 
 
 def test_official_numbers_of_updates():
-    """The paper's MuJoCo run with all lengths divided by 1000; both targets move once an actor update."""
-    learner = make_learner(behavior_hidden=4, hidden=4, batch_size=2, steps=1000, critic_start=30, q_start=50)
+    """The paper's MuJoCo run with all lengths divided by 10,000; both targets move once an actor update."""
+    learner = make_learner(behavior_hidden=4, hidden=4, batch_size=2, steps=100, critic_start=3, q_start=5)
     with_q, alphas, add = [], [], learner.metrics.add
 
     def watch(**values):
@@ -418,10 +417,10 @@ def test_official_numbers_of_updates():
     lerp, targets = torch._foreach_lerp_, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "_foreach_lerp_", lambda *some: targets.append(lerp(*some)))
-        for _ in range(500 // 5):
+        for _ in range(50 // 5):
             learner.pretrain()
         before = snapshot(learner.behavior, learner.discriminator)
-        for _ in range(1000 // 2):
+        for _ in range(100 // 2):
             learner.update()
     assert same(before, snapshot(learner.behavior, learner.discriminator))  # frozen
 
@@ -430,9 +429,9 @@ def test_official_numbers_of_updates():
         return count
 
     opts = (learner.discriminator_opt, learner.behavior_opt, learner.critic_opt, learner.actor_opt)
-    assert [updates(opt) for opt in opts] == [500, 100, 970, 500]
-    assert alphas == [1000] * 50 + [10] * 50 + [7.5] * 50 + [5] * 50 + [2.5] * 50 + [1.5] * 250
-    assert sum(with_q) == 475 and len(targets) == 1000 and learner.step == 1000
+    assert [updates(opt) for opt in opts] == [50, 10, 97, 50]
+    assert alphas == [1000] * 5 + [10] * 5 + [7.5] * 5 + [5] * 5 + [2.5] * 5 + [1.5] * 25
+    assert sum(with_q) == 47 and len(targets) == 100 and learner.step == 100
 
 
 def test_dual_ascent():
@@ -445,17 +444,6 @@ def test_dual_ascent():
     learner, batch = one_state_learner(alpha_mode="dual", epsilon=-1.0, alpha_lr=0.1, q_start=1)
     learner.actor_step(batch)
     assert learner.alpha.item() == 1.5  # not before the actor climbs Q
-
-
-def test_dual_finds_the_multiplier_that_keeps_the_threshold():
-    """Q = 2 a and -log p(a) <= epsilon: the policy ends where the density is epsilon, with alpha = 2 / slope there."""
-    a = 0.3
-    epsilon = 4 * math.log(2) - math.log(4) + 2 * math.log(math.cosh(2 * a))
-    learner, batch = one_state_learner(alpha_mode="dual", epsilon=epsilon, alpha_lr=0.01)
-    for _ in range(1000):
-        learner.actor_step(batch)
-    assert learner.actor(batch.obs)[0].item() == pytest.approx(a, abs=5e-3)
-    assert learner.alpha.item() == pytest.approx(2 / (4 * math.tanh(2 * a)), rel=0.03)
 
 
 # Flags
@@ -522,16 +510,17 @@ def test_density_is_sampled():
 # Command line
 
 
-def main_until_data(monkeypatch, flags):
-    """`cped.py flags` up to the loading of its data: the settings, the rule for time limits, and the data's rewards."""
+def main_until_training(monkeypatch, flags):
+    """`cped.py flags` until it would train: settings, the rule for time limits, the data's rewards, learners' seeds."""
     data, seen = Dataset.bandit("stand-in", torch.linspace(0, 1, 10)[:, None], lambda action: action[:, 0].round()), []
     monkeypatch.setattr(cped, "load_dataset", lambda env, path, timeout_rule: seen.append(timeout_rule) or data)
-    monkeypatch.setattr(cped, "CPED", lambda args, data, seed: seen.append(args))
+    monkeypatch.setattr(cped, "CPED", lambda args, data, seed: seen.append((args, seed)))
     monkeypatch.setattr(cped, "Run", lambda *rest: 1 / 0)  # far enough
     monkeypatch.setattr("sys.argv", ["cped.py", "--device", "cpu", *flags.split()])
     with pytest.raises(ZeroDivisionError):
         cped.main()
-    return seen[1], seen[0], set(data.reward.tolist())
+    (rule, (args, _), *_), seeds = seen, [seed for _, seed in seen[1:]]
+    return args, rule, set(data.reward.tolist()), seeds
 
 
 @pytest.mark.parametrize(
@@ -547,8 +536,13 @@ def main_until_data(monkeypatch, flags):
     ],
 )
 def test_the_official_row_counter_is_for_the_papers_own_files(flags, counted, rewards, monkeypatch):
-    _, rule, found = main_until_data(monkeypatch, flags)
+    _, rule, found, _ = main_until_training(monkeypatch, flags)
     assert rule is (row_counter if counted else None) and found == rewards
+
+
+def test_lengths_follow_steps_and_seeds_reach_the_learners(monkeypatch):
+    args, _, _, seeds = main_until_training(monkeypatch, "--env hopper-medium-v2 --steps 1000 --seed 3 5")
+    assert (args.behavior_steps, args.critic_start, args.q_start) == (500, 30, 50) and seeds == [3, 5]
 
 
 @pytest.mark.parametrize(
@@ -560,6 +554,12 @@ def test_the_official_row_counter_is_for_the_papers_own_files(flags, counted, re
         ("--use-timeouts", "--use-timeouts does nothing"),
         ("--alpha 1", "--alpha-until"),
         ("--alpha 1 2 3 --alpha-until 0.5 0.1", "--alpha-until"),
+        ("--alpha 1 2 3 --alpha-until 0.5 0.5", "--alpha-until"),
+        ("--alpha 1 2 --alpha-until 1.5", "--alpha-until"),
+        ("--alpha 2 1 --alpha-mode dual", "--alpha takes one value"),
+        ("--behavior-steps 0 --behavior-lr 1", "--behavior-lr does nothing"),
+        ("--gan-weight 0 --gp-weight 1", "--gp-weight does nothing"),
+        ("--target-noise 0 --noise-clip 1", "--noise-clip does nothing"),
         ("--alpha -1 --alpha-until", "--alpha"),
         ("--policy-delay 0", "--policy-delay"),
         ("--discriminator-steps 0", "--discriminator-steps"),
@@ -577,89 +577,144 @@ def test_settings_that_cannot_go_together_are_refused(flags, word, monkeypatch):
 # Our own readings, without an official counterpart: whole updates against straight lines
 
 
-def line_net(net, x):
-    """A coupling's network, layer by layer."""
-    for i in (0, 2, 4):
-        x = x @ net[i].weight.T + net[i].bias
-        x = torch.where(x > 0, x, 0.01 * x)
-    return x
+class LineAdam:
+    def __init__(self, tensors, lr, beta2=0.999, eps=1e-8):
+        self.tensors, self.lr, self.beta2, self.eps = list(tensors), lr, beta2, eps
+        self.m, self.v, self.n = [0.0] * len(self.tensors), [0.0] * len(self.tensors), 0
+
+    def step(self, loss):
+        self.n += 1
+        gradients = torch.autograd.grad(loss, self.tensors, retain_graph=True)
+        for i, (x, gradient) in enumerate(zip(self.tensors, gradients)):
+            self.m[i] = 0.9 * self.m[i] + 0.1 * gradient
+            self.v[i] = self.beta2 * self.v[i] + (1 - self.beta2) * gradient**2
+            m, v = self.m[i] / (1 - 0.9**self.n), self.v[i] / (1 - self.beta2**self.n)
+            x.data = x.data - self.lr * m / (v.sqrt() + self.eps)
 
 
-def line_nll(flow, obs, action):
-    """-log p(a | s) of the conditional flow for two-dimensional actions."""
-    a, b = action[:, :1], action[:, 1:]
-    for i in (0, 2):
-        b = b + line_net(flow.nets[i], torch.cat([a, obs], 1))
-        a = a + line_net(flow.nets[i + 1], torch.cat([b, obs], 1))
-    z = torch.cat([a, b], 1) * torch.exp(flow.sigma)
-    return (2 * torch.log1p(torch.exp(z)) - z).sum(1) - flow.sigma.sum()
+def straight_line(learner, rows, args, calls):
+    """What `calls` of pretrain() and as many of update() make of the networks and of alpha; the flow is of p(a | s)."""
+    names = ("behavior", "discriminator", "critic", "actor", "critic_target", "actor_target")
+    nets = {key: {name: x.detach().clone() for name, x in getattr(learner, key).named_parameters()} for key in names}
+    for name in names[:4]:
+        for x in nets[name].values():
+            x.requires_grad_()
+    flow, disc = nets["behavior"], nets["discriminator"]
+    opt = {name: LineAdam(nets[name].values(), lr) for name, lr in zip(names[1:4], (0.002, 0.003, 0.004))}
+    opt["behavior"] = LineAdam(flow.values(), 0.002, beta2=0.01, eps=1e-4)
+    g, cat = torch.Generator().manual_seed(0), lambda *parts: torch.cat(parts, 1)
+    leaky = lambda x: torch.maximum(x, 0.01 * x)
+    line = lambda net, name, x: x @ net[f"{name}.weight"].mT + net[f"{name}.bias"]
+
+    def shift(i, *x):
+        x = cat(*x)
+        for j in (0, 2, 4):
+            x = leaky(line(flow, f"nets.{i}.{j}", x))
+        return x
+
+    def nll(s, a):
+        a, b = a[:, :1], a[:, 1:]
+        b = b + shift(0, a, s)
+        a = a + shift(1, b, s)
+        b = b + shift(2, a, s)
+        a = a + shift(3, b, s)
+        z = cat(a, b) * flow["sigma"].exp()
+        return -(torch.sigmoid(z) * torch.sigmoid(-z)).log().sum(1) - flow["sigma"].sum()
+
+    def drawn(s):
+        u = torch.rand(16, 3, generator=g)
+        z = (u / (1 - u)).log() / flow["sigma"].exp()
+        a, b = z[:, :1], z[:, 1:]
+        a = a - shift(3, b, s)
+        b = b - shift(2, a, s)
+        a = a - shift(1, b, s)
+        return cat(s, a, b - shift(0, a, s))
+
+    def judged(x):
+        for j in (0, 3):
+            x = line(disc, f"net.{j}", x)
+            x = leaky((x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6) + disc[f"net.{j + 1}.offset"])
+        return line(disc, "net.6", x)
+
+    def q(net, s, a):
+        x = cat(s, a)
+        for j in (0, 2):
+            x = (x @ net[f"net.{j}.weight"] + net[f"net.{j}.bias"]).relu()
+        return (x @ net["net.4.weight"] + net["net.4.bias"])[:, :, 0]
+
+    def pi(net, s):
+        x = line(net, "net.2", line(net, "net.0", s).relu()).relu()
+        return 1.5 * torch.tanh(line(net, "net.4", x))
+
+    pick = lambda: rows[torch.randint(64, (16,), generator=g)]
+    for _ in range(calls):
+        for i in range(5):
+            batch = pick()
+            s, a = batch[:, :3], batch[:, 3:6]
+            fake, u = drawn(s), torch.randn(16, 1, generator=g)
+            x = (u * cat(s, a) + (1 - u) * fake.detach()).requires_grad_()
+            (slope,) = torch.autograd.grad(judged(x).sum(), x, create_graph=True)
+            penalty = ((slope.square().sum(1).sqrt() - 1) ** 2).mean()
+            opt["discriminator"].step(judged(fake.detach()).mean() - judged(cat(s, a)).mean() + 0.7 * penalty)
+            if i == 0:
+                opt["behavior"].step(nll(s, a).mean() - 3.0 * judged(fake).mean())
+
+    alpha = 7.0
+    for t in range(2 * calls):
+        batch = pick()
+        s, a, r, s2, end = batch[:, :3], batch[:, 3:6], batch[:, 6], batch[:, 7:10], batch[:, 13]
+        a2 = pi(nets["actor_target"], s2) + (0.2 * torch.randn(16, 3, generator=g)).clip(-0.3, 0.3)
+        y = r + 0.9 * (1 - end) * q(nets["critic_target"], s2, a2).min(0).values
+        opt["critic"].step((q(nets["critic"], s, a) - y).square().sum() / 16)
+        if t % 2 == 0:
+            bound = nll(s, a).mean().item() if args.epsilon is None else args.epsilon
+            excess, with_q = nll(s, pi(nets["actor"], s)).mean() - bound, float(t >= 2)
+            opt["actor"].step(alpha * excess - with_q * q(nets["critic"], s, pi(nets["actor"], s)).min(0).values.mean())
+            alpha = max(0.0, alpha + 0.25 * with_q * excess.item())
+            for name in ("critic", "actor"):
+                for key, x in nets[f"{name}_target"].items():
+                    x.mul_(0.9).add_(0.1 * nets[name][key].data)
+    return nets, alpha
 
 
-def adam_step(parameter, gradient, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """Where Adam's first step leads."""
-    m, v = (1 - beta1) * gradient / (1 - beta1), (1 - beta2) * gradient**2 / (1 - beta2)
-    return parameter - lr * m / (v.sqrt() + eps)
+@pytest.mark.parametrize("epsilon", [None, -3.0, 50.0])
+def test_whole_updates_with_conditional_density_and_dual_alpha(epsilon):
+    """Three calls of each phase, in float64; Q joins at the third update, and alpha moves from there on."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        rows = torch.randn(64, 14, generator=generator(5))  # s, a, r, s', a', terminal
+        rows[:, 13] = (torch.arange(64) % 4 == 0).double()
+        data = Dataset("rows", rows, 3, 3, None, None, np.zeros(1), None, max_action=1.5)
+        args = Args(
+            device="cpu", batch_size=16, hidden=8, behavior_hidden=8, density="conditional", alpha_mode="dual",
+            alpha=(1000.0, 7.0), alpha_lr=0.25, epsilon=epsilon, critic_start=0, q_start=2, behavior_lr=0.002,
+            critic_lr=0.003, actor_lr=0.004, tau=0.1, gamma=0.9, noise_clip=0.3, gan_weight=3.0, gp_weight=0.7,
+        )  # fmt: skip
+        learner = CPED(args, data, 0)
+        for i, (_, x) in enumerate(parameters(learner)):
+            x.data = 0.3 * torch.randn(x.shape, generator=generator(100 + i))
+        nets, alpha = straight_line(learner, rows, args, calls=3)
+        for _ in range(3):
+            learner.pretrain()
+        for _ in range(3):
+            learner.update()
+        assert learner.alpha.item() == pytest.approx(alpha, rel=1e-9) and alpha != 7
+        for name, x in parameters(learner):
+            key, _, rest = name.partition(".")
+            torch.testing.assert_close(x.detach(), nets[key][rest].detach(), rtol=1e-9, atol=1e-11, msg=name)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("epsilon", [None, -3.0])
-def test_a_whole_update_with_conditional_density_and_dual_alpha(epsilon):
-    """Two critic updates, one of the actor between them, and alpha's step, from q_start on."""
-    settings = dict(density="conditional", alpha_mode="dual", alpha=(7.0,), alpha_lr=0.3, epsilon=epsilon, tau=0.1)
-    learner = make_learner(critic_lr=1e-2, actor_lr=1e-2, **settings)
-    batches = iter(batches_of_rows := [random_batch(), random_batch(size=16)])
-    learner.data.sample = lambda batch_size, generator: next(batches)
-    reference = CPED(learner.args, learner.data, 0)  # the same start
-    for name in ("critic_target", "actor_target"):  # targets of their own
-        for mine, its in zip(getattr(learner, name).parameters(), getattr(reference, name).parameters()):
-            mine.data.mul_(1.5)
-            its.data.mul_(1.5)
-    learner.update()
-
-    g, batch = reference.generator, batches_of_rows[0]
-    noise = 0.2 * torch.randn(32, 2, generator=g)
-    next_action = reference.actor_target(batch.next_obs) + noise.clamp(-0.5, 0.5)
-    target = batch.reward + 0.99 * reference.critic_target(batch.next_obs, next_action).min(0).values.detach()
-    q = reference.critic(batch.obs, batch.action)
-    loss = ((q[0] - target) ** 2).mean() + ((q[1] - target) ** 2).mean()
-    gradients = torch.autograd.grad(loss, list(reference.critic.parameters()))
-    for parameter, gradient in zip(reference.critic.parameters(), gradients):
-        parameter.data = adam_step(parameter.data, gradient, 1e-2)
-
-    action = reference.actor(batch.obs)
-    bound = line_nll(reference.behavior, batch.obs, batch.action).mean().item() if epsilon is None else epsilon
-    excess = line_nll(reference.behavior, batch.obs, action).mean() - bound
-    q = reference.critic(batch.obs, action).min(0).values.mean()
-    gradients = torch.autograd.grad(7.0 * excess - q, list(reference.actor.parameters()))
-    for parameter, gradient in zip(reference.actor.parameters(), gradients):
-        parameter.data = adam_step(parameter.data, gradient, 1e-2)
-
-    assert learner.alpha.item() == pytest.approx(max(0.0, 7.0 + 0.3 * excess.item()), rel=1e-5)
-    assert learner.metrics.read()["excess_nll"] == pytest.approx(excess.item(), rel=1e-4)
-    for mine, its in zip(learner.actor.parameters(), reference.actor.parameters(), strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
-    pairs = zip(learner.actor_target.parameters(), reference.actor_target.parameters(), learner.actor.parameters())
-    for mine, old, online in pairs:
-        torch.testing.assert_close(mine, 0.9 * old + 0.1 * online)
+def parameters(learner):
+    """Name and value of every parameter of a learner's networks."""
+    nets = {key: part for key, part in learner.state.items() if isinstance(part, nn.Module)}
+    return [(f"{key}.{name}", x) for key, net in nets.items() for name, x in net.named_parameters()]
 
 
-def test_a_whole_update_of_the_conditional_flow():
-    """First phase: the flow's step on -log p(a | s) less the discriminator's view of its own actions at the same s."""
-    learner = make_learner(density="conditional", discriminator_steps=1, behavior_lr=1e-3, gan_weight=2.0)
-    batch = random_batch()
-    learner.data.sample = lambda batch_size, generator: batch
-    reference = CPED(learner.args, learner.data, 0)
-    learner.pretrain()
-
-    flow, z = reference.behavior, torch.logit(torch.rand(32, 2, generator=reference.generator), eps=1e-7)
-    x = z * torch.exp(-flow.sigma)
-    a, b = x[:, :1], x[:, 1:]
-    for i in (3, 1):
-        a = a - line_net(flow.nets[i], torch.cat([b, batch.obs], 1))
-        b = b - line_net(flow.nets[i - 1], torch.cat([a, batch.obs], 1))
-    fake = torch.cat([batch.obs, a, b], 1)
-    loss = line_nll(flow, batch.obs, batch.action).mean() - 2.0 * learner.discriminator(fake).mean()  # already moved
-    gradients = torch.autograd.grad(loss, list(flow.parameters()))
-    for parameter, gradient in zip(flow.parameters(), gradients):
-        parameter.data = adam_step(parameter.data, gradient, 1e-3, beta2=0.01, eps=1e-4)
-    for mine, its in zip(learner.behavior.parameters(), flow.parameters(), strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+def test_a_checkpoint_keeps_the_dual_weight():
+    learner, batch = one_state_learner(alpha_mode="dual", epsilon=-1.0, alpha_lr=0.1)
+    learner.actor_step(batch)
+    other = make_learner(1, 1, alpha_mode="dual")
+    set_state(dict(alpha=other.alpha), dict(alpha=get_state(learner.state)["alpha"]))
+    assert other.alpha == learner.alpha != 1.5
