@@ -712,10 +712,11 @@ def main():
         learner.use_data(futures, mean, std)
         if policy:
             learner.use_policy(policy)
-    run = Run(args, learners, data, __file__, PROTOCOL)
+    phases = dict(update=args.steps)
+    run = Run(args, learners, data, __file__, PROTOCOL, phases)
 
     update = capture(learners, "update")
-    for _ in run.updates("update", args.steps, stride=2, evaluate=not args.bdm_only):
+    for _ in run.updates("update", stride=2, evaluate=not args.bdm_only):
         update()
     if learners[0].has_bdm:
         for learner, folder in zip(learners, run.folders):

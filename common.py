@@ -1932,9 +1932,9 @@ class Run:
     phases: name -> updates, for all phases in their order.
     """
 
-    def __init__(self, args, learners, data, script, protocol="", phases=None):
+    def __init__(self, args, learners, data, script, protocol, phases):
         self.args, self.learners, self.data, self.script = args, learners, data, Path(script)
-        self.protocol, self.phases = protocol, dict(phases or {})
+        self.protocol, self.phases = protocol, phases
         self.published = None if args.data_path else args.paper_score
         self.phase, self.step, self.done = "", 0, {}  # where the run is; finished phases and their updates
         self.owed = False  # an evaluation that a signal cut short
@@ -1957,13 +1957,13 @@ class Run:
         self.start, self.drawn = time.monotonic() - self.seconds, time.monotonic()
         self.terminal = Terminal(self)
 
-    def updates(self, phase, steps=None, stride=1, evaluate=False, at_end=None):
+    def updates(self, phase, stride=1, evaluate=False, at_end=None):
         """Yield once for every `stride` updates of a phase; in between log, evaluate, save and watch for signals.
 
         What a resumed run has finished yields nothing. `at_end` is called once, when the phase is complete.
         """
-        args, steps = self.args, self.phases[phase] if steps is None else steps
-        self.phases[phase] = steps = -(-steps // stride) * stride
+        args, steps = self.args, -(-self.phases[phase] // stride) * stride
+        self.phases[phase] = steps
         if self.done.get(phase, -1) >= steps:
             return
         self.step = self.step if phase == self.phase else 0

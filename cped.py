@@ -579,13 +579,14 @@ def main():
     data.reward.add_(args.reward_offset)
     data = data.to(args.device)
     learners = [CPED(args, data, seed) for seed in args.seed]
-    run = Run(args, learners, data, __file__, PROTOCOL)
+    phases = dict(behavior=args.behavior_steps, policy=args.steps)
+    run = Run(args, learners, data, __file__, PROTOCOL, phases)
 
     update = capture(learners, "pretrain")
-    for _ in run.updates("behavior", args.behavior_steps, stride=args.discriminator_steps):
+    for _ in run.updates("behavior", stride=args.discriminator_steps):
         update()
     update = capture(learners, "update")
-    for _ in run.updates("policy", args.steps, stride=args.policy_delay, evaluate=True):
+    for _ in run.updates("policy", stride=args.policy_delay, evaluate=True):
         update()
     draw = draw_plane if args.env in SCENES else draw_density
     for learner, folder in zip(learners, run.folders):

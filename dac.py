@@ -448,10 +448,11 @@ def main():
         prepare(data)
     data = data.to(args.device)
     learners = [DAC(args, data, seed) for seed in args.seed]
-    run = Run(args, learners, data, __file__, PROTOCOL)
+    phases = dict(update=args.steps)
+    run = Run(args, learners, data, __file__, PROTOCOL, phases)
 
     update = capture(learners, "update")
-    for _ in run.updates("update", args.steps, stride=args.actor_ema_every, evaluate=True):
+    for _ in run.updates("update", stride=args.actor_ema_every, evaluate=True):
         update()
     run.finish()
 

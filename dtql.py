@@ -498,7 +498,8 @@ def main():
     data.reward.add_(args.reward_offset)
     data = data.to(args.device)
     learners = [Learner(args, data, seed) for seed in args.seed]
-    run = Run(args, learners, data, __file__, PROTOCOL)
+    phases = dict(pretrain=args.pretrain_steps, update=args.steps)
+    run = Run(args, learners, data, __file__, PROTOCOL, phases)
 
     def at_end():
         if args.behavior_reg == "kl" and args.pretrain_steps:
@@ -506,10 +507,10 @@ def main():
                 learner.start_from_behavior()
 
     update = capture(learners, "pretrain")
-    for _ in run.updates("pretrain", args.pretrain_steps, at_end=at_end):
+    for _ in run.updates("pretrain", at_end=at_end):
         update()
     update = capture(learners, "update")
-    for _ in run.updates("update", args.steps, evaluate=True):
+    for _ in run.updates("update", evaluate=True):
         update()
     run.finish()
 

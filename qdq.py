@@ -689,7 +689,10 @@ def main():
         load_models(learners)  # before the run begins: what does not fit is refused
         print(f"note: score model after {args.score_steps:,}, consistency model after {args.consistency_steps:,} "
               f"updates: {args.reuse}")  # fmt: skip
-    run = Run(args, learners, data, __file__, PROTOCOL)
+    phases = dict(score=args.score_steps, consistency=args.consistency_steps, policy=args.steps)
+    if args.reuse:
+        phases |= dict(score=0, consistency=0)
+    run = Run(args, learners, data, __file__, PROTOCOL, phases)
 
     def at_end():
         if args.reuse:
@@ -699,16 +702,16 @@ def main():
                 learner.start_from_teacher()
 
     update = capture(learners, "score_update")
-    for _ in run.updates("score", 0 if args.reuse else args.score_steps, at_end=at_end):
+    for _ in run.updates("score", at_end=at_end):
         update()
     update = capture(learners, "consistency_update")
-    for _ in run.updates("consistency", 0 if args.reuse else args.consistency_steps, stride=5):
+    for _ in run.updates("consistency", stride=5):
         update()
     for learner, folder in zip(learners, run.folders):
         draw_returns(learner, folder / "returns.png")
         draw_uncertainty(learner, data, folder / "uncertainty.png")
     update = capture(learners, "policy_update")
-    for _ in run.updates("policy", args.steps, stride=2, evaluate=True):
+    for _ in run.updates("policy", stride=2, evaluate=True):
         update()
     run.finish()
 

@@ -476,20 +476,23 @@ def main():
         load_models(learners)  # before the run begins: what does not fit is refused
         print(f"note: critic after {args.critic_steps:,}, behaviour model after {args.behavior_steps:,} updates: "
               f"{args.reuse}")  # fmt: skip
-    run = Run(args, learners, data, __file__, PROTOCOL)
+    phases = dict(critic=args.critic_steps, behavior=args.behavior_steps, policy=args.steps)
+    if args.reuse:
+        phases |= dict(critic=0, behavior=0)
+    run = Run(args, learners, data, __file__, PROTOCOL, phases)
 
     def at_end():
         if args.reuse:
             load_models(learners)
 
     update = capture(learners, "critic_update")
-    for _ in run.updates("critic", 0 if args.reuse else args.critic_steps):
+    for _ in run.updates("critic"):
         update()
     update = capture(learners, "behavior_update")
-    for _ in run.updates("behavior", 0 if args.reuse else args.behavior_steps, at_end=at_end):
+    for _ in run.updates("behavior", at_end=at_end):
         update()
     update = capture(learners, "policy_update")
-    for _ in run.updates("policy", args.steps, evaluate=True):
+    for _ in run.updates("policy", evaluate=True):
         update()
     run.finish()
 

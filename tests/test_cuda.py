@@ -174,11 +174,11 @@ class Loop:
 
     most = 3
 
-    def __init__(self, args, learners, *more):
-        self.learners, self.folders = learners, []
+    def __init__(self, args, learners, data, script, protocol, phases):
+        self.learners, self.phases, self.folders = learners, phases, []
 
-    def updates(self, phase, steps, stride=1, evaluate=False, at_end=None):
-        yield from range(min(-(-steps // stride), Loop.most))
+    def updates(self, phase, stride=1, evaluate=False, at_end=None):
+        yield from range(min(-(-self.phases[phase] // stride), Loop.most))
         for learner in self.learners:
             learner.rows = [*vars(learner).get("rows", []), learner.metrics.read()]
         if at_end:
@@ -409,10 +409,10 @@ def test_a_phase_without_updates_is_not_recorded(cuda, monkeypatch):
 @pytest.mark.parametrize("flags, graphs", [({}, True), (dict(cuda_graphs=False), False)])
 def test_summary_says_whether_graphs_ran(flags, graphs, cuda, tmp_path, monkeypatch):
     learners, data = toys(steps=3, out=str(tmp_path), env="toy", eval_episodes=0, **flags), fake_data()
-    run = common.Run(learners[0].args, learners, data, __file__)
+    run = common.Run(learners[0].args, learners, data, __file__, "", dict(update=3))
     cuda(learners)
     update = common.capture(learners, "update")
-    for _ in run.updates("update", 3):
+    for _ in run.updates("update"):
         update()
     run.finish()
     assert json.loads((run.root / "seed0" / "summary.json").read_text())["cuda_graphs"] is graphs

@@ -235,12 +235,13 @@ def test_updates_through_main(script, name, monkeypatch):
     class Run:
         folders, asked = [], []
 
-        def __init__(self, args, learners, data, *_, **__):
+        def __init__(self, args, learners, data, script, protocol, phases):
+            self.phases = phases
             case.fill(learners[0])
 
-        def updates(self, phase, steps, stride=1, evaluate=False, at_end=None):
+        def updates(self, phase, stride=1, evaluate=False, at_end=None):
             count = counts[len(self.asked)]
-            self.asked.append([phase, steps, stride])
+            self.asked.append([phase, self.phases[phase], stride])
             for i in range(count):
                 yield
                 if i < count - 1:

@@ -643,19 +643,20 @@ def test_phases_of_a_run(monkeypatch):
     class Run:
         folders = ()
 
-        def __init__(self, args, learners, data, script, protocol):
+        def __init__(self, args, learners, data, script, protocol, phases):
+            self.phases = phases
             first, second = (snapshot(learner.critic) for learner in learners)
             assert not torch.equal(first[0], second[0]) and args.paper_score == 93.2
 
-        def updates(self, phase, steps, stride=1, evaluate=False, at_end=None):
-            asked.append((phase, steps, stride, evaluate))
+        def updates(self, phase, stride=1, evaluate=False, at_end=None):
+            asked.append((phase, self.phases[phase], stride, evaluate))
             return ()
 
         def finish(self):
             asked.append("finished")
 
     monkeypatch.setattr(qdq, "Run", Run)
-    monkeypatch.setattr(qdq, "load_dataset", lambda *args: make_data())
+    monkeypatch.setattr(qdq, "load_dataset", lambda *args, **_: make_data())
     monkeypatch.setattr(qdq, "load_models", lambda learners: None)
     flags = "--env walker2d-medium-replay-v2 --device cpu --seed 0 1 --hidden 8 --return-hidden 8".split()
     for more in ([], ["--reuse", "there"]):
