@@ -1969,7 +1969,8 @@ class Run:
         self.step = self.step if phase == self.phase else 0
         self.phase = phase
         self.done.pop(phase, None)  # a finished run can be lengthened
-        self.terminal.open(phase, steps)
+        if steps:
+            self.terminal.open(phase, steps)
         self.restart_clock()
         while self.owed or self.step < steps:
             saving = evaluating = self.owed  # first of all what a signal cut short
@@ -2074,9 +2075,7 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             for part in parts:
                 part.unlink(missing_ok=True)
-            raise RunError(
-                f"no checkpoint could be written in {self.root} (disk full?): {reason(error)}; older ones are kept"
-            ) from None
+            raise RunError(f"no checkpoint could be written in {self.root} (disk full?): {reason(error)}") from None
         for log, part in zip(self.logs, parts):
             log.board.flush()
             part.replace(part.with_suffix(""))
@@ -2373,14 +2372,14 @@ class Terminal:
             data=f"{args.env}: {len(data):,} rows, {len(data.episode_returns):,} episodes{mean}",
             episodes=limit and f"at most {limit:,} steps (--max-episode-steps), as {args.env} has no time limit",
             device=f"{args.device}, {device_name(args.device)}",
-            phases=", ".join(f"{phase} {steps:,} updates" for phase, steps in run.phases.items()),
+            phases=", ".join(f"{phase} {steps:,} updates" for phase, steps in run.phases.items() if steps),
             files=run.place,
         ).items():
             if text:
                 print(f"{name:<11} {text}", flush=True)
 
     def open(self, phase, steps):
-        names = list(self.run.phases)
+        names = [name for name, length in self.run.phases.items() if length]
         self.name = f"{phase} ({names.index(phase) + 1} of {len(names)})"
         self.bar = tqdm(
             total=steps, initial=self.run.step, desc=self.name, disable=not sys.stderr.isatty(), dynamic_ncols=True,
@@ -2438,7 +2437,8 @@ class Terminal:
             print(text, flush=True)
 
     def close(self):
-        self.bar.close()
+        if self.bar:
+            self.bar.close()
 
 
 def duration(seconds):
@@ -2543,7 +2543,7 @@ def draw_curve(path, rows_of_seeds, run, who):
     right.set(title="losses", yscale="symlog")
     ends = np.cumsum([run.phases[phase] for phase in run.phases])
     for axes in (left, right):
-        axes.set(xlabel=f"updates ({', then '.join(run.phases)})", xlim=(0, None))
+        axes.set(xlabel=f"updates ({', then '.join(run.phases)})", xlim=(0, run.total))
         axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         for end in ends[:-1]:
             axes.axvline(end, color="black", linewidth=0.5)

@@ -1,9 +1,11 @@
 """Command line, logs, checkpoints, signals and errors of common.Run, on a learner that costs nothing."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -719,6 +721,81 @@ def test_cli_turns_errors_into_a_sentence(capsys):
         assert stopped.value.code == code and message.startswith("error: ") and message.count("\n") == 1
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         common.cli(lambda: 1 / 0)
+
+
+# Terminal and files
+
+
+def test_a_run_says_what_it_is_and_what_it_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "make_env", lambda *args, plain=common.make_env, **more: limited(plain(*args, **more)))
+    limited = lambda env: setattr(env, "assumed_limit", 70) or env
+    run, learners = make_run(tmp_path, eval_episodes=1, phases=dict(first=20, second=30), max_episode_steps=70)
+    train(run, learners, 20, phase="first")
+    train(run, learners, 30, phase="second", evaluate=True)
+    run.finish()
+    lines = capsys.readouterr().out.splitlines()
+    for words in (
+        "algorithm   Command line, logs, checkpoints",
+        "data        pendulum-demo-medium: 9 rows, 2 episodes, mean return -2.0",
+        "episodes    at most 70 steps (--max-episode-steps), as pendulum-demo-medium has no time limit",
+        "device      cpu, ",
+        "phases      first 20 updates, second 30 updates",
+        f"files       {run.place}",
+        "pictures    curve.png",
+    ):
+        assert any(line.startswith(words) for line in lines), words
+    about = json.loads((run.place / "args.json").read_text())
+    assert about.keys() >= {"args", "versions", "device", "processor", "started", "process", "git"}
+    assert about["git"] is None or about["git"].keys() == {"commit", "dirty"}
+    assert {"test_runs.py", "common.py"} <= {path.name for path in run.place.iterdir()}
+
+
+@pytest.mark.parametrize("env, name", [("hopper-medium-v2", "D4RL score"), ("Hopper-v4", "score")])
+def test_only_d4rl_data_have_a_d4rl_score(tmp_path, capsys, env, name):
+    run, learners = make_run(tmp_path, env=env, eval_episodes=1)
+    train(run, learners, evaluate=True)
+    run.finish()
+    assert any(line.startswith(f"last        {name} ") for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_paper_size_run_on_a_cpu_is_told_its_days(tmp_path, capsys):
+    run, learners = make_run(tmp_path, phases=dict(first=10**11, second=10**11), log_every=1000)
+    for _ in itertools.islice(run.updates("first"), 150):
+        learners[0].update()
+    out, error = capsys.readouterr()
+    assert re.search(r"^time +about [\d.]+ days,", out, re.M)
+    assert re.search(r"warning: this takes about [\d.]+ days on a CPU; --steps N", error)
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(40, "40 s"), (600, "10 min"), (3 * 3600, "3.0 h"), (30 * 3600, "30.0 h"), (9e5, "10.4 days")]
+)
+def test_durations(seconds, text):
+    assert common.duration(seconds) == text and common.duration(np.nan) == "?"
+
+
+def test_on_a_terminal_a_bar_goes_on_and_evaluations_leave_a_line(tmp_path, capsys, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr(common.time, "monotonic", itertools.count().__next__)  # every look at the clock is a second
+    run, learners = make_run(tmp_path, eval_episodes=1, eval_every=10, phases=dict(empty=0, first=20, second=20))
+    train(run, learners, 0, phase="empty")
+    train(run, learners, 20, phase="first")
+    for _ in run.updates("second", 20, evaluate=True):
+        learners[0].update()
+    shown = screen.getvalue()
+    assert "first (1 of 2)" in shown and "second (2 of 2), evaluating" in shown and "left | return -" in shown
+    lines = [line for line in capsys.readouterr().out.splitlines() if "| return -" in line]
+    assert [line.split()[1] for line in lines] == ["10/20", "20/20"]
+
+
+def test_a_closed_pipe_is_one_sentence(tmp_path):
+    code = "import common, sys; common.cli(lambda: [print('x' * 9999, flush=True) for _ in range(99)])"
+    command = f"{sys.executable} -c \"{code}\" | head -c 5"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == "error: whoever read the output has gone; --resume continues from the last checkpoint\n"
 
 
 def test_kill_minus_nine(tmp_path):
