@@ -410,13 +410,14 @@ def judge_spaces(env, needed=True):
 def unknown_dataset(env: str) -> UserError:
     if ":" in env or env in gymnasium.registry:
         return UserError(f'"{env}" is an environment, not a dataset: give its data by --data-path, or see --env help')
-    near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES])
-    return UserError(f'unknown dataset "{env}": did you mean {near}? --env help lists all')
+    near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES]) or ";"
+    return UserError(f'unknown dataset "{env}"{near} --env help lists all')
 
 
 def nearest(name: str, known) -> str:
-    """The three known names most like `name`, as the end of a question."""
-    return " or ".join(difflib.get_close_matches(name.lower().replace("_", "-"), known, 3, 0.0))
+    """A question that names up to three known names much like `name`, or nothing."""
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), known)
+    return f": did you mean {' or '.join(near)}?" if near else ""
 
 
 # Downloads
@@ -988,7 +989,7 @@ def make_env(env, render_mode=None, max_episode_steps=1000):
         raise
     except gymnasium.error.UnregisteredEnv:
         near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES, *gymnasium.registry])
-        raise UserError(f"unknown environment '{env}': did you mean {near}?") from None
+        raise UserError(f"unknown environment '{env}'{near}") from None
     except Exception as error:  # whatever its module and constructor raise
         hint = " (install it, or add its folder to PYTHONPATH)" if isinstance(error, ModuleNotFoundError) else ""
         why = reason(error).split(". ")[0]
@@ -1333,7 +1334,6 @@ def evaluate_run(args, Learner):
 
 def record_video(act, env, path, seed):
     """Film one episode of the environment named `env` into the file `path` (.mp4) and return its raw return."""
-    need("moviepy", "--video")
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # draw without a screen
     film = make_env(env, render_mode="rgb_array")
@@ -1429,7 +1429,9 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
             print(f"note: no settings for {env} in this script; using those of {relative}")
     if wants_help:
         parser.epilog = f"The defaults shown are those of {source}; each --env has its own."
-        parser.set_defaults(**asdict(default))
+        text = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value
+        shown = {name: text(value) for name, value in vars(default).items()}
+        parser.set_defaults(**shown)
         parser.print_help()
         sys.exit(0)
 
@@ -1615,9 +1617,10 @@ def check_resume(saved, args, given):
         kept = vars(saved).keys() - FREE - {"steps", "out"}
         if changed := [name for name in kept if getattr(saved, name) != getattr(other, name)]:
             raise UserError(f"the seeds in {args.resume} differ in {flag(changed[0])}: resume each on its own")
-    args.seed, ahead = furthest_behind({seed: folders[seed] for seed in seeds})
-    if ahead is not None:
-        print(f"note: seed {' '.join(map(str, args.seed))} first, to update {ahead:,}, where the next seeds stand")
+    counts = updates_of({seed: folders[seed] for seed in seeds})
+    args.seed = tuple(seed for seed in seeds if counts[seed] == min(counts.values()))
+    if len(args.seed) < len(seeds):
+        print(f"note: the seeds stand apart; seed {' '.join(map(str, args.seed))} first, until it meets the next")
 
 
 def resume_here(Args, given):
@@ -1742,7 +1745,7 @@ def set_state(parts, state):
             else:
                 same_kind = False
         elif isinstance(part, torch.optim.Optimizer):
-            own = [{key: group[key] for key in ("capturable", "fused")} for group in part.param_groups]
+            own = [{key: group[key] for key in ("capturable", "fused") if key in group} for group in part.param_groups]
             groups = [group | flags for group, flags in zip(saved["param_groups"], own)]
             part.load_state_dict(saved | dict(param_groups=groups))
         elif isinstance(part, torch.Tensor):
@@ -1943,7 +1946,7 @@ class Run:
         HELD.append(self.held)
         places = run_folders(args.resume) if args.resume else new_folders(args, self.script)
         self.folders = [places[seed] for seed in args.seed]
-        self.root, self.goal = self.folders[0].parent, furthest_behind(places)[1] if args.resume else None
+        self.root, self.goal = self.folders[0].parent, None
         for folder in self.folders:
             self.held.enter_context(lock(folder))
         self.hear_signals()
@@ -1969,7 +1972,8 @@ class Run:
         self.step = self.step if phase == self.phase else 0
         self.phase = phase
         self.done.pop(phase, None)  # a finished run can be lengthened
-        self.terminal.open(phase, steps)
+        if steps:
+            self.terminal.open(phase, steps)
         self.restart_clock()
         while self.owed or self.step < steps:
             saving = evaluating = self.owed  # first of all what a signal cut short
@@ -2074,9 +2078,7 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             for part in parts:
                 part.unlink(missing_ok=True)
-            raise RunError(
-                f"no checkpoint could be written in {self.root} (disk full?): {reason(error)}; older ones are kept"
-            ) from None
+            raise RunError(f"no checkpoint could be written in {self.root} (disk full?): {reason(error)}") from None
         for log, part in zip(self.logs, parts):
             log.board.flush()
             part.replace(part.with_suffix(""))
@@ -2096,6 +2098,8 @@ class Run:
                 for name in BOOKS:
                     setattr(self, name, checkpoint[name])
             write_about(folder, self, seed, about | dict(resumed=[*about.get("resumed", []), now()]))
+        ahead = [count for count in updates_of(run_folders(self.args.resume)).values() if count > self.total]
+        self.goal = min(ahead, default=None)  # where these seeds meet others
         print(f"resuming {self.place} {f'at {self.phase} {self.step:,}' if self.phase else 'from its beginning'}")
         if elsewhere:
             print("note: its checkpoint is from another kind of device: the run goes on, but not bit for bit")
@@ -2191,14 +2195,10 @@ def run_folders(folder):
     return dict(sorted((saved_args(path, RunArgs)["seed"][0], path) for path in paths or [Path(folder)]))
 
 
-def furthest_behind(folders):
-    """Of these seeds those with the fewest updates, and the count at which the next ones stand, None if none do."""
-    counts = {}
-    for seed, folder in folders.items():
-        there = (folder / "checkpoint.pt").exists()
-        counts[seed] = count_updates(load_checkpoint(folder)) if there else 0
-    least, *more = sorted(set(counts.values()))
-    return tuple(seed for seed in counts if counts[seed] == least), more[0] if more else None
+def updates_of(folders):
+    """Seed -> updates that its checkpoint has seen, over all phases."""
+    there = {seed: (folder / "checkpoint.pt").exists() for seed, folder in folders.items()}
+    return {seed: count_updates(load_checkpoint(folders[seed])) if there[seed] else 0 for seed in folders}
 
 
 def lock(folder):
@@ -2373,14 +2373,14 @@ class Terminal:
             data=f"{args.env}: {len(data):,} rows, {len(data.episode_returns):,} episodes{mean}",
             episodes=limit and f"at most {limit:,} steps (--max-episode-steps), as {args.env} has no time limit",
             device=f"{args.device}, {device_name(args.device)}",
-            phases=", ".join(f"{phase} {steps:,} updates" for phase, steps in run.phases.items()),
+            phases=", ".join(f"{phase} {steps:,} updates" for phase, steps in run.phases.items() if steps),
             files=run.place,
         ).items():
             if text:
                 print(f"{name:<11} {text}", flush=True)
 
     def open(self, phase, steps):
-        names = list(self.run.phases)
+        names = [name for name, length in self.run.phases.items() if length]
         self.name = f"{phase} ({names.index(phase) + 1} of {len(names)})"
         self.bar = tqdm(
             total=steps, initial=self.run.step, desc=self.name, disable=not sys.stderr.isatty(), dynamic_ncols=True,
@@ -2438,7 +2438,8 @@ class Terminal:
             print(text, flush=True)
 
     def close(self):
-        self.bar.close()
+        if self.bar:
+            self.bar.close()
 
 
 def duration(seconds):
@@ -2543,7 +2544,7 @@ def draw_curve(path, rows_of_seeds, run, who):
     right.set(title="losses", yscale="symlog")
     ends = np.cumsum([run.phases[phase] for phase in run.phases])
     for axes in (left, right):
-        axes.set(xlabel=f"updates ({', then '.join(run.phases)})", xlim=(0, None))
+        axes.set(xlabel=f"updates ({', then '.join(run.phases)})", xlim=(0, run.total))
         axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         for end in ends[:-1]:
             axes.axvline(end, color="black", linewidth=0.5)

@@ -796,14 +796,7 @@ def test_global_random_generators_are_untouched():
 # record_video
 
 
-def test_video_without_moviepy(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(common.RunError, match="video needs moviepy: pip install moviepy"):
-        common.record_video(random_policy(1), "pendulum-demo-medium", tmp_path / "video.mp4", seed=0)
-
-
 def test_video_that_cannot_be_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(common.FlatEnv, "render", lambda self: 1 / 0)
     with pytest.raises(common.RunError, match="video needs drawing without a screen"):
         common.record_video(random_policy(1), "pendulum-demo-medium", tmp_path / "video.mp4", seed=0)

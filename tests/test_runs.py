@@ -1,9 +1,11 @@
 """Command line, logs, checkpoints, signals and errors of common.Run, on a learner that costs nothing."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,8 +202,14 @@ def test_help_is_grouped_and_shows_the_values_of_the_env(monkeypatch, capsys):
     text = help_of("--env", "hopper-medium-v2")
     assert "those of hopper-medium-v2;" in text and "100 % of it (default: 0.5)" in text
     assert text.index("Updates before the first (default: 100)") < text.index("--seed")  # the algorithm's own first
+    assert "Random seeds; several train side by side on one copy of the data (default: 0)" in text
     assert "those of pendulum-demo-medium;" in help_of() and "(default: 0.125)" in help_of()
     assert "those of hopper-medium-v2;" in help_of("--env", "Hopper-v4")
+
+
+def test_only_what_is_near_is_suggested():
+    assert ": did you mean hopper-medium-v2 or" in str(common.unknown_dataset("Hopper_medium-v1"))
+    assert str(common.unknown_dataset("qqq")) == 'unknown dataset "qqq"; --env help lists all'
 
 
 def test_env_help_lists_the_datasets(monkeypatch, capsys):
@@ -239,35 +247,33 @@ def test_csv_grows_by_columns_and_resumes_without_doubles(tmp_path, monkeypatch)
     assert again.done == dict(first=30, second=20) and common.read_csv(path) == rows
 
 
-# Locks
+# Processes
 
 
-def test_two_runs_in_one_place(tmp_path):
-    """The second, here in another process as a user's, is refused while the first one lives, and only then."""
-    code = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import common, test_runs
-from pathlib import Path
-common.cli(lambda: [test_runs.make_run(Path({str(tmp_path)!r})), print("started", flush=True), input()])
-"""
-    start = lambda: subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    first = start()
-    assert "started\n" in iter(first.stdout.readline, "")
-    place = tmp_path / "test_runs" / "pendulum-demo-medium" / "seed0"
-    second = start()
-    _, error = second.communicate()
-    assert second.returncode == 2 and error.count("\n") == 1
+def test_a_second_start_is_refused_and_a_killed_run_resumes(tmp_path):
+    """Real processes: the folder's lock lives as long as the first, whose end, killed and resumed, is bit for bit
+    that of a run which never stopped."""
+    flags = "--env pendulum-demo-medium --steps 200 --batch-size 16 --hidden 16 --eval-episodes 0 --checkpoint-every 20"
+    command = [sys.executable, str(ROOT / "dtql.py"), *flags.split(), "--device", "cpu", "--out"]
+    options = dict(env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, **options)
+    place = tmp_path / "killed" / "dtql/pendulum-demo-medium/seed0"
+    first = subprocess.Popen([*command, str(tmp_path / "killed")], env=options["env"], stdout=subprocess.DEVNULL)
+    while not (place / "checkpoint.pt").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.send_signal(signal.SIGSTOP)  # it lives, but does not end
+    second = subprocess.run([*command, str(tmp_path / "killed")], **options)
     since = json.loads((place / "args.json").read_text())["process"]["since"]
-    assert f"{place} is in use by process {first.pid} on" in error and f"since {since}" in error
-    assert not place.with_name("seed0.old1").exists()
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert f"{place} is in use by process {first.pid} on" in second.stderr and f"since {since}" in second.stderr
     first.kill()
-    first.wait()
-    third = start()
-    third.communicate("\n")
-    assert third.returncode == 0 and place.with_name("seed0.old1").exists()
+    assert first.wait() == -signal.SIGKILL
+    subprocess.run([sys.executable, str(ROOT / "dtql.py"), "--resume", str(place)], check=True, **options)
+    assert not place.with_name("seed0.old1").exists()
+    ends = [common.load_checkpoint(tmp_path / out / place.relative_to(tmp_path / "killed"))["learner"]["actor"]
+            for out in ("whole", "killed")]  # fmt: skip
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_common_needs_no_unix(tmp_path):
@@ -721,21 +727,76 @@ def test_cli_turns_errors_into_a_sentence(capsys):
         common.cli(lambda: 1 / 0)
 
 
-def test_kill_minus_nine(tmp_path):
-    """A real process, killed for real, resumed: the same weights as a run that never stopped."""
-    flags = (
-        "--env pendulum-demo-medium --steps 200 --batch-size 16 --eval-episodes 0 --checkpoint-every 20 --device cpu"
-    )
-    command = [sys.executable, str(ROOT / "dtql.py"), *flags.split(), "--out"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=env, capture_output=True)
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=env, stdout=subprocess.DEVNULL)
-    where = "dtql/pendulum-demo-medium/seed0"
-    while not (tmp_path / "killed" / where / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    subprocess.run([*command, str(tmp_path / "killed"), "--resume"], check=True, env=env, capture_output=True)
-    first, second = (common.load_checkpoint(tmp_path / out / where)["learner"]["actor"] for out in ("whole", "killed"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+# Terminal and files
+
+
+def test_a_run_says_what_it_is_and_what_it_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "make_env", lambda *args, plain=common.make_env, **more: limited(plain(*args, **more)))
+    limited = lambda env: setattr(env, "assumed_limit", 70) or env
+    run, learners = make_run(tmp_path, eval_episodes=1, phases=dict(first=20, second=30), max_episode_steps=70)
+    train(run, learners, 20, phase="first")
+    train(run, learners, 30, phase="second", evaluate=True)
+    run.finish()
+    lines = capsys.readouterr().out.splitlines()
+    for words in (
+        "algorithm   Command line, logs, checkpoints",
+        "data        pendulum-demo-medium: 9 rows, 2 episodes, mean return -2.0",
+        "episodes    at most 70 steps (--max-episode-steps), as pendulum-demo-medium has no time limit",
+        "device      cpu, ",
+        "phases      first 20 updates, second 30 updates",
+        f"files       {run.place}",
+        "pictures    curve.png",
+    ):
+        assert any(line.startswith(words) for line in lines), words
+    about = json.loads((run.place / "args.json").read_text())
+    assert about.keys() >= {"args", "versions", "device", "processor", "started", "process", "git"}
+    assert about["git"] is None or about["git"].keys() == {"commit", "dirty"}
+    assert {"test_runs.py", "common.py"} <= {path.name for path in run.place.iterdir()}
+
+
+@pytest.mark.parametrize("env, name", [("hopper-medium-v2", "D4RL score"), ("Hopper-v4", "score")])
+def test_only_d4rl_data_have_a_d4rl_score(tmp_path, capsys, env, name):
+    run, learners = make_run(tmp_path, env=env, eval_episodes=1)
+    train(run, learners, evaluate=True)
+    run.finish()
+    assert any(line.startswith(f"last        {name} ") for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_paper_size_run_on_a_cpu_is_told_its_days(tmp_path, capsys):
+    run, learners = make_run(tmp_path, phases=dict(first=10**11, second=10**11), log_every=1000)
+    for _ in itertools.islice(run.updates("first"), 150):
+        learners[0].update()
+    out, error = capsys.readouterr()
+    assert re.search(r"^time +about [\d.]+ days,", out, re.M)
+    assert re.search(r"warning: this takes about [\d.]+ days on a CPU; --steps N", error)
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(40, "40 s"), (600, "10 min"), (3 * 3600, "3.0 h"), (30 * 3600, "30.0 h"), (9e5, "10.4 days")]
+)
+def test_durations(seconds, text):
+    assert common.duration(seconds) == text and common.duration(np.nan) == "?"
+
+
+def test_on_a_terminal_a_bar_goes_on_and_evaluations_leave_a_line(tmp_path, capsys, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr(common.time, "monotonic", itertools.count().__next__)  # every look at the clock is a second
+    run, learners = make_run(tmp_path, eval_episodes=1, eval_every=10, phases=dict(empty=0, first=20, second=20))
+    train(run, learners, 0, phase="empty")
+    train(run, learners, 20, phase="first")
+    for _ in run.updates("second", 20, evaluate=True):
+        learners[0].update()
+    shown = screen.getvalue()
+    assert "first (1 of 2)" in shown and "second (2 of 2), evaluating" in shown and "left | return -" in shown
+    lines = [line for line in capsys.readouterr().out.splitlines() if "| return -" in line]
+    assert [line.split()[1] for line in lines] == ["10/20", "20/20"]
+
+
+def test_a_closed_pipe_is_one_sentence(tmp_path):
+    code = "import common, sys; common.cli(lambda: [print('x' * 9999, flush=True) for _ in range(99)])"
+    command = f'{sys.executable} -c "{code}" | head -c 5'
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == "error: whoever read the output has gone; --resume continues from the last checkpoint\n"

@@ -91,7 +91,8 @@ def test_command_line(name, tmp_path):
     assert result.stderr == ""
     run = folder(tmp_path / "out", name)
     files = {path.name for path in run.iterdir()}
-    assert {"args.json", f"{name}.py", "metrics.csv", "curve.png", "checkpoint.pt", "summary.json"} <= files
+    assert {"args.json", f"{name}.py", "common.py", "metrics.csv", "curve.png"} <= files
+    assert {"checkpoint.pt", "summary.json"} <= files
     assert any(file.startswith("events.out") for file in files)
     assert not list(run.glob("*.part")) and not (tmp_path / "MUJOCO_LOG.TXT").exists()
     summary = json.loads((run / "summary.json").read_text())
