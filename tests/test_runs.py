@@ -82,7 +82,7 @@ def make_run(tmp_path, data=None, phases=None, **settings):
     common.release()
     args = Args(out=str(tmp_path), **settings)
     learners = [Counter(args, None, seed) for seed in args.seed]
-    return Run(args, learners, data or Data(), __file__, "", phases), learners
+    return Run(args, learners, data or Data(), __file__, "", dict(phases or {})), learners
 
 
 def resumed(monkeypatch, *flags, data=None, phases=None):
@@ -90,11 +90,16 @@ def resumed(monkeypatch, *flags, data=None, phases=None):
     common.release()
     args = parsed(monkeypatch, *flags)
     learners = [Counter(args, None, seed) for seed in args.seed]
-    return Run(args, learners, data or Data(), __file__, "", phases), learners
+    return Run(args, learners, data or Data(), __file__, "", dict(phases or {})), learners
+
+
+def updates(run, phase, steps, **options):
+    run.phases[phase] = steps
+    return run.updates(phase, **options)
 
 
 def train(run, learners, steps=100, phase="update", **options):
-    for _ in run.updates(phase, steps, **options):
+    for _ in updates(run, phase, steps, **options):
         for learner in learners:
             learner.update()
 
@@ -231,7 +236,7 @@ def test_metrics_are_means_since_the_last_read():
 def test_csv_grows_by_columns_and_resumes_without_doubles(tmp_path, monkeypatch):
     run, learners = make_run(tmp_path)
     train(run, learners, 30, phase="first")
-    for _ in run.updates("second", 20):
+    for _ in updates(run, "second", 20):
         learners[0].metrics.add(other=torch.tensor(1.0))
     path = run.folders[0] / "metrics.csv"
     rows = common.read_csv(path)
@@ -302,7 +307,7 @@ SIGNALS = [getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP", 
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, capsys, monkeypatch):
     run, learners = make_run(tmp_path, eval_episodes=1, eval_every=30)
     with pytest.raises(SystemExit) as stopped:
-        for count, _ in enumerate(run.updates("update", 100, evaluate=True)):
+        for count, _ in enumerate(updates(run, "update", 100, evaluate=True)):
             learners[0].update()
             if count == 33:
                 os.kill(os.getpid(), number)
@@ -400,7 +405,7 @@ def test_curves_are_drawn_now_and_then(tmp_path):
     run, learners = make_run(tmp_path, eval_episodes=1, eval_every=10)
     run.drawn += 1000  # seconds
     there = []
-    for count, _ in enumerate(run.updates("update", 30, evaluate=True)):
+    for count, _ in enumerate(updates(run, "update", 30, evaluate=True)):
         learners[0].update()
         there.append((run.place / "curve.png").exists())
         if count == 15:
@@ -410,7 +415,7 @@ def test_curves_are_drawn_now_and_then(tmp_path):
 
 def test_stride_rounds_a_phase_up(tmp_path):
     run, learners = make_run(tmp_path)
-    calls = sum(1 for _ in run.updates("update", 21, stride=5))
+    calls = sum(1 for _ in updates(run, "update", 21, stride=5))
     assert calls == 5 and run.step == 25
 
 
@@ -440,7 +445,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_non_finite_metric_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     run, learners = make_run(tmp_path)
     with pytest.raises(RunError, match="toy_loss became nan by update update 50 of seed 0; the last checkpoint in"):
-        for count, _ in enumerate(run.updates("update", 100)):
+        for count, _ in enumerate(updates(run, "update", 100)):
             learners[0].update()
             if count == 44:
                 learners[0].weight.fill_(float("nan"))
@@ -575,12 +580,12 @@ def test_seeds_that_stand_apart_resume_each_from_its_own(tmp_path, monkeypatch, 
     run, learners = make_run(tmp_path, seed=(0, 1, 2, 3))
     train(run, learners, 20, phase="first", at_end=lambda: [learner.weight.add_(1000) for learner in learners])
     (run.folders[3] / "checkpoint.pt").unlink()
-    for seed, updates in ((1, 33), (2, 80)):
+    for seed, last in ((1, 33), (2, 80)):
         run, learners = resumed(monkeypatch, "--resume", run.root / f"seed{seed}")
         with contextlib.suppress(SystemExit):
-            for _ in run.updates("second", 80):
+            for _ in updates(run, "second", 80):
                 learners[0].update()
-                run.signal = 15 if run.step + 1 == updates < 80 else None
+                run.signal = 15 if run.step + 1 == last < 80 else None
     common.cli(main)
     assert seen == [((3,), 0), ((0, 3), 20), ((0, 1, 3), 53), ((0, 1, 2, 3), 100)]
     assert weights == {seed: 1100 for seed in range(4)}
@@ -695,7 +700,7 @@ def test_tensorboard_keeps_all_phases_after_a_kill(tmp_path, monkeypatch):
     run, learners = make_run(tmp_path, eval_episodes=1, eval_every=20)
     train(run, learners, 30, phase="first")
     with pytest.raises(ZeroDivisionError):
-        for count, _ in enumerate(run.updates("second", 60, evaluate=True)):
+        for count, _ in enumerate(updates(run, "second", 60, evaluate=True)):
             learners[0].update()
             1 / (count - 33)  # the last checkpoint is at 20, the last row at 30
     run, learners = resumed(monkeypatch, "--resume", run.place)
@@ -787,7 +792,7 @@ def test_on_a_terminal_a_bar_goes_on_and_evaluations_leave_a_line(tmp_path, caps
     run, learners = make_run(tmp_path, eval_episodes=1, eval_every=10, phases=dict(empty=0, first=20, second=20))
     train(run, learners, 0, phase="empty")
     train(run, learners, 20, phase="first")
-    for _ in run.updates("second", 20, evaluate=True):
+    for _ in updates(run, "second", 20, evaluate=True):
         learners[0].update()
     shown = screen.getvalue()
     assert "first (1 of 2)" in shown and "second (2 of 2), evaluating" in shown and "left | return -" in shown
