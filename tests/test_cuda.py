@@ -39,7 +39,7 @@ CASES = {  # script: settings that change the operations
     ),
     "dac": (
         "--actor-ema-every 2 --actor-ema-start 2",
-        "--actor-ema-every 1 --guidance hard --eta-lr 0 --max-q-backup",
+        "--actor-ema-every 1 --guidance hard --eta-lr 0 --max-q-backup --next-samples 2",
         "--actor-ema-every 1 --guidance denoised --no-clip-denoised --lr-decay-steps 2",
         "--env bandit-2gaussians --actor-ema-every 1 --diffusion-steps 3",
     ),
