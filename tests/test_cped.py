@@ -515,7 +515,7 @@ def main_until_training(monkeypatch, flags):
     data, seen = Dataset.bandit("stand-in", torch.linspace(0, 1, 10)[:, None], lambda action: action[:, 0].round()), []
     monkeypatch.setattr(cped, "load_dataset", lambda env, path, timeout_rule, **_: seen.append(timeout_rule) or data)
     monkeypatch.setattr(cped, "CPED", lambda args, data, seed: seen.append((args, seed)))
-    monkeypatch.setattr(cped, "Run", lambda *rest: 1 / 0)  # far enough
+    monkeypatch.setattr(cped, "Run", lambda *rest, **more: 1 / 0)  # far enough
     monkeypatch.setattr("sys.argv", ["cped.py", "--device", "cpu", *flags.split()])
     with pytest.raises(ZeroDivisionError):
         cped.main()
