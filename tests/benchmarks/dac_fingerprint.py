@@ -10,11 +10,10 @@ Source of the official numbers: the TensorBoard logs of seeds 0 to 7 in the offi
 results/walker2d-medium-v2, run 20240510-153803.
 """
 
+import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -32,15 +31,12 @@ OFFICIAL = {  # update: mean C, its range, largest eta; then std over critics, m
 NAMES = ("q_std", "q_gradient", "critic_loss", "behavior_loss")
 
 
-@dataclass
-class Options:
-    seed: int = 0
-    device: str = "cuda"
-    data_path: str | None = None
-
-
 def main():
-    options = tyro.cli(Options)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--data-path")
+    options = parser.parse_args()
     args = replace(Args(), env=ENV, device=options.device, **PAPER[ENV])  # the cosine spans the paper's 2M updates
     data = prepare(load_dataset(ENV, options.data_path)).to(options.device)
     learner = DAC(args, data, options.seed)
