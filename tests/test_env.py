@@ -746,18 +746,6 @@ def test_same_seed_same_returns():
     assert len(set(first)) == 3
 
 
-def test_threads_change_nothing(monkeypatch):
-    returns = []
-    monkeypatch.setattr(common, "THREADS_PAY_SECONDS", 0.0)
-    pool_map, used = common.ThreadPoolExecutor.map, []
-    monkeypatch.setattr(common.ThreadPoolExecutor, "map", lambda *args: used.append(args) or pool_map(*args))
-    for threads in (1, 2):
-        monkeypatch.setattr(common, "MAX_THREADS", threads)
-        envs = [common.make_env("pendulum-demo-medium") for _ in range(3)]
-        returns.append(common.evaluate(random_policy(1), envs, seed=0))
-    assert np.array_equal(*returns) and len(used) == 150  # of 200 steps: the first 50 only measure
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_action_that_is_not_finite(bad):
     def act(obs):
