@@ -2185,7 +2185,7 @@ def count_updates(books):
 
 def new_folders(args, script):
     """Seed -> the folder of a new run."""
-    name = args.env.replace("/", "-") + (f"@{Path(args.data_path).stem}" if args.data_path else "")
+    name = re.sub("[/:]", "-", args.env) + (f"@{Path(args.data_path).stem}" if args.data_path else "")
     return {seed: Path(args.out) / script.stem / name / f"seed{seed}" for seed in args.seed}
 
 

@@ -662,7 +662,8 @@ def load_models(learners):
 def check(args, given):
     at_least(args, 0, "score_steps", "consistency_steps", "gamma", "tau", "consistency_tau", "alpha", "beta")
     at_least(args, 0, "score_lr", "consistency_lr", "critic_lr", "actor_lr", "bc_coef", "clip_grad")
-    at_least(args, 1, "window", "window_stride", "hidden", "layers")
+    at_least(args, 1, "window_stride", "hidden", "layers")
+    at_least(args, args.window_stride, "window")  # else a window could begin beyond its episode
     at_least(args, 2, "q_samples")
     at_least(args, 3, "levels")
     at_most(args, 1, "gamma", "tau", "consistency_tau", "alpha", "beta")
