@@ -574,6 +574,23 @@ def test_settings_that_cannot_go_together_are_refused(flags, word, monkeypatch):
         cped.main()
 
 
+def test_settings_that_all_datasets_share_are_the_official_ones():
+    official = dict(
+        batch_size=256, gamma=0.99, tau=0.005, policy_delay=2, target_noise=0.2, noise_clip=0.5, critic_lr=3e-4,
+        behavior_lr=1e-4, gp_weight=0.5, gan_weight=1.0, discriminator_steps=5, critic_start=30_000, q_start=50_000,
+        hidden=256, behavior_hidden=750, density="joint", alpha_mode="schedule", use_timeouts=False,
+    )  # fmt: skip
+    assert {name: getattr(Args(), name) for name in official} == official and cped.LARGEST_LOSS == 1e7
+
+
+def test_a_scene_is_drawn_as_a_plane(tmp_path, monkeypatch):
+    flags = "--env bandit-ring --behavior-steps 5 --steps 2 --eval-episodes 0 --device cpu --out"
+    monkeypatch.setattr("sys.argv", ["cped.py", *flags.split(), str(tmp_path)])
+    monkeypatch.setattr(cped, "draw_density", None)
+    cped.main()
+    assert (tmp_path / "cped" / "bandit-ring" / "seed0" / "density.png").stat().st_size > 10_000
+
+
 # Our own readings, without an official counterpart: whole updates against straight lines
 
 
