@@ -1443,8 +1443,9 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     else:
         for field in ("eval_every", "log_every", *proportional):
             if field not in given:
-                length = getattr(default, field) * args.steps / default.steps
-                setattr(args, field, round(length) if field in proportional else max(1, round(length)))
+                length = round(getattr(default, field) * args.steps / default.steps)
+                often = max(1, min(length, args.steps // 10))  # ten points at least
+                setattr(args, field, length if field in proportional else often)
     check_args(args)
     if check:
         check(args, set(given))
