@@ -816,8 +816,8 @@ def around(monkeypatch):
 @pytest.mark.parametrize("corrected", [False, True])
 def test_what_main_does_around_the_updates(around, corrected):
     seen, raw = around(seed=(0, 1), gamma=0.8, reward_scale=3.0, corrected=corrected), toy_data()
-    assert seen["more"] == dict(true_next_obs=True)
-    assert seen["asked"] == (("update", 4), dict(stride=2, evaluate=True))
+    assert seen["more"] == dict(judge=True, true_next_obs=True)
+    assert seen["asked"] == (("update",), dict(stride=2, evaluate=True))
     assert torch.allclose(seen["data"].reward, 3 * raw.reward)
     mean, std = script.standardize(raw)
     assert torch.equal(seen["data"].obs, raw.obs) and torch.equal(seen["data"].next_obs, raw.next_obs)

@@ -308,7 +308,7 @@ def test_unclamped_losses():
         ("--alpha -1", "--alpha must be at least 0"),
         ("--nll-weight -1", "--nll-weight must be at least 0"),
         ("--gamma 1.5", "--gamma must be at most 1"),
-        ("--gamma nan", "--gamma must be at most 1"),
+        ("--gamma nan", "--gamma must be at least 0"),
         ("--expectile 7", "--expectile must be at most 1"),
         ("--tau 2", "--tau must be at most 1"),
         ("--behavior-reg kl --nll-weight 1", "--nll-weight does nothing with --behavior-reg kl"),

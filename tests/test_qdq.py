@@ -732,7 +732,7 @@ def test_every_setting_moves_its_network(flag):
         ("--beta 1.5", "--beta must be at most 1"),
         ("--beta -1", "--beta must be at least 0"),
         ("--alpha 2", "--alpha must be at most 1"),
-        ("--gamma nan", "--gamma must be at most 1"),
+        ("--gamma nan", "--gamma must be at least 0"),
         ("--tau 2", "--tau must be at most 1"),
         ("--consistency-tau 2", "--consistency-tau must be at most 1"),
         ("--score-steps -1", "--score-steps must be at least 0"),
