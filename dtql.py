@@ -49,8 +49,9 @@ maximises) and 9 (SDS, not used) only argue.
 12. P: Alg. 2 freezes mu and has no Q                       mu trains on, Q is maximised; the generator is the raw net
                                                             at noise level 2.5, actions unbounded. Not as in C: |a - mu|
                                                             in the weight is kept above 1e-8
-13. C: bandits take all 10,000 points as one batch, and     512 drawn (--batch-size 10000); alpha is 0.2 there. Three of
-    weigh Q by 5 in swissroll-far                           P's five pictures of the trust region are of seed 2
+13. C: bandits take all 10,000 points as one batch, 256     512 drawn (--batch-size 10000), 64 wide (--hidden 256); alpha
+    wide, and weigh Q by 5 in swissroll-far                 is 0.2 there. Three of P's five pictures of the trust region
+                                                            are of seed 2
 14. P: Sec. 4.3: EDM breaks the condition of Theorem 1      App. B's sigma (not EDM's log-normal one) meets it: L_TR =
                                                             -(2 / A) E log p(a + sigma n) + const, p the noised data,
                                                             A the number of action dimensions
@@ -147,7 +148,7 @@ KL_SCORES = {"halfcheetah-medium-v2": 24.1, "hopper-medium-v2": 15.0, "walker2d-
 DEMO = dict(hidden=64, behavior_hidden=64, candidates=64, batch_size=128, eval_every=2_000, log_every=500,
             alpha=20.0, expectile=0.9, lr_decay=True)  # fmt: skip
 BANDIT = dict(steps=3_500, pretrain_steps=0, batch_size=512, behavior_lr=3e-3, actor_lr=3e-3, critic_lr=3e-3,
-              expectile=0.95, alpha=1.0, clip_denoised=False, behavior_hidden=128, time_dim=4, candidates=1,
+              expectile=0.95, alpha=1.0, clip_denoised=False, hidden=64, behavior_hidden=128, time_dim=4, candidates=1,
               eval_every=500, log_every=100)  # fmt: skip
 OURS = {  # settings of this project: built-in data on two CPU cores, and 2-D bandits (the paper's: Sec. 3, App. F.1)
     "halfcheetah-demo": DEMO | dict(steps=16_000, pretrain_steps=2_000),
