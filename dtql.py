@@ -49,7 +49,7 @@ maximises) and 9 (SDS, not used) only argue.
 12. P: Alg. 2 freezes mu and has no Q                       mu trains on, Q is maximised; the generator is the raw net
                                                             at noise level 2.5, actions unbounded. Not as in C: |a - mu|
                                                             in the weight is kept above 1e-8
-13. C: bandits take all 10,000 points as one batch, 256     512 drawn (--batch-size 10000), 64 wide (--hidden 256); alpha
+13. C: bandits take all 10,000 points as one batch, 256     512 drawn, 64 wide (--batch-size 10000 --hidden 256); alpha
     wide, and weigh Q by 5 in swissroll-far                 is 0.2 there. Three of P's five pictures of the trust region
                                                             are of seed 2
 14. P: Sec. 4.3: EDM breaks the condition of Theorem 1      App. B's sigma (not EDM's log-normal one) meets it: L_TR =
