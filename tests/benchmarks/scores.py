@@ -51,7 +51,7 @@ SHORT = {  # the phases before the last are cut to lengths that a slow core does
     "dtql": "--actor-lr 1e-3 --behavior-lr 1e-3 --critic-lr 1e-3 --behavior-hidden 64 --candidates 64",
     "srpo": "--critic-lr 1e-3 --behavior-lr 1e-3 --actor-lr 1e-3 --behavior-hidden 64 --behavior-batch-size 128 "
     "--behavior-steps 5000",
-    "dac": "--lr 1e-3 --critic-lr 1e-3 --next-samples 2",
+    "dac": "--actor-lr 1e-3 --critic-lr 1e-3 --next-samples 2",
     "qdq": "--critic-lr 1e-3 --actor-lr 1e-3 --return-hidden 64 --q-samples 8 --score-steps 2500 "
     "--consistency-steps 2500",
     "cped": "--critic-lr 1e-3 --actor-lr 1e-3 --behavior-lr 1e-3 --behavior-hidden 64 --behavior-steps 5000",

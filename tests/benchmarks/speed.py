@@ -118,12 +118,12 @@ class Probe:
     def capture(self, learners, method):
         self.method = method
 
-    def __call__(self, args, learners, *_):
+    def __call__(self, args, learners, data, script, protocol, phases):
         self.args, self.learners = args, learners
         self.folders = [Path(self.options.folder) for _ in learners]
         return self
 
-    def updates(self, phase, steps, stride=1, evaluate=False, at_end=None):
+    def updates(self, phase, stride=1, evaluate=False, at_end=None):
         options, first, device = self.options, self.learners[0], self.learners[0].generator.device
         plain = getattr(first, self.method)
         result = self.results[f"{self.script}/{phase}"] = {}
