@@ -714,6 +714,9 @@ def main():
             learner.use_policy(policy)
     phases = dict(update=args.steps)
     run = Run(args, learners, data, __file__, PROTOCOL, phases)
+    if args.bdm_only not in (None, "data") and not (policy or run.phase):  # resumed, but there was no checkpoint yet
+        for learner in learners:
+            learner.use_policy(load_actor(args.bdm_only, data, args.device))
 
     update = capture(learners, "update")
     for _ in run.updates("update", stride=2, evaluate=not args.bdm_only):
