@@ -787,7 +787,7 @@ def around(monkeypatch):
         seen = {}
 
         class Run:
-            folders = []
+            folders, phase = [], "update"  # as restored from a checkpoint
 
             def __init__(self, args, learners, data, *_):
                 seen.update(args=args, learners=learners, data=data)
