@@ -107,12 +107,12 @@ class Args(RunArgs):
     policy_delay: int = 2  # Critic updates for each update of actor and targets.
     target_noise: float = 0.2  # Standard deviation of the noise on target actions.
     noise_clip: float = 0.5  # Largest noise on target actions (c in Alg. 1).
+    # Weight of the density constraint from a table, or by dual gradient descent (Alg. 1).
     alpha_mode: Literal["schedule", "dual"] = "schedule"
-    """Weight of the density constraint from a table, or by dual gradient descent (Alg. 1)."""
+    # Weight of the density constraint, one value for each stretch of --steps; dual: the last is where it starts.
     alpha: tuple[float, ...] = (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5)
-    """Weight of the density constraint, one value for each stretch of --steps; dual: the last is where it starts."""
+    # Fractions of --steps at which alpha goes to its next value (schedule).
     alpha_until: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
-    """Fractions of --steps at which alpha goes to its next value (schedule)."""
     alpha_lr: float = 1e-3  # Step of dual gradient descent on alpha (dual).
     epsilon: float | None = None  # Largest -log density allowed, Eq. 7 (dual); none: that of the data's own action.
     density: Literal["joint", "conditional"] = "joint"  # Model p(s, a) or p(a | s).

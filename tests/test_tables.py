@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import BUILT_IN, DATASETS, SCENES
+from common import BUILT_IN, DATASETS, SCENES, help_texts
 
 TABLES = Path(__file__).parent / "tables"
 LEARNERS = dict(dtql="DTQL", srpo="SRPO", dac="DAC", qdq="QDQ", cped="CPED", bdm_rebrac_sbc="BDM")
@@ -97,6 +97,13 @@ def test_a_relative_lends_its_settings_but_not_its_score(script, monkeypatch, ca
     args = settings(script, "--env Hopper-v4 --data-path mine.hdf5", monkeypatch)
     assert args.paper_score is None and args.steps >= 1_000_000
     assert "using those of hopper-" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", LEARNERS)
+def test_help_explains_every_setting(script):
+    Args = importlib.import_module(script).Args
+    texts = help_texts(Args)
+    assert [name for name in Args.__dataclass_fields__ if len(texts.get(name, "")) < 8] == []
 
 
 # Starting weights. First matching line of a script counts; biases named fan_in take that of their layer's weights.
