@@ -51,9 +51,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Errors
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -77,9 +75,7 @@ def reason(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Facts: where the public datasets are, what their files must look like, and how returns become scores
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Facts: where the public datasets are, what their files must look like, and how returns become scores ------------
 
 SERVERS = (  # asked in this order; the mirror keeps all files in one folder
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
@@ -218,9 +214,7 @@ KITCHEN_TASKS = {
 MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: find, download, check, read, and pack transitions
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Data: find, download, check, read, and pack transitions ---------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -385,6 +379,14 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
     if len(data.episode_returns) == 0 and not sure:
         raise UserError(f"{env}: the data hold no complete episode: no row is marked as terminal or as a time limit")
     return data
+
+
+def offset_rewards(data, offset):
+    """Add `offset` to every reward. AntMaze's is -1, which files with rewards of 0 and -1, such as OGBench's, have."""
+    if offset == -1 and bool(((data.reward == 0) | (data.reward == -1)).all()):
+        print("note: the rewards are 0 and -1 already, so --reward-offset -1 is left out")
+    else:
+        data.reward.add_(offset)
 
 
 def judge_spaces(env, needed=True):
@@ -954,9 +956,7 @@ def load_scene(name: str) -> Dataset:
     return Dataset.bandit(name, action, functools.partial(scene.reward, data=action), scene.terminal, noise)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Environments
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Environments ----------------------------------------------------------------------------------------------------
 
 
 def make_env(env, render_mode=None, max_episode_steps=1000):
@@ -1242,9 +1242,7 @@ class Bandit(gymnasium.Env):
         return np.zeros(1, np.float32), float(reward[0]), True, False, {}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
 def score(env, returns):
@@ -1361,9 +1359,7 @@ def need(package, flag):
         raise UserError(f"{flag} needs the package {package}: pip install {package}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1691,9 +1687,7 @@ def cli(main):
     sys.exit(code)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Learners: metrics, state, saved policies, CUDA graphs
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Learners: metrics, state, saved policies, CUDA graphs -----------------------------------------------------------
 
 
 class Metrics:
@@ -1911,9 +1905,7 @@ def take_back(learner, before):
     learner.metrics.read()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs: the loop, then its parts: folder, log, terminal, summary, pictures
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Runs: the loop, then its parts: folder, log, terminal, summary, pictures ----------------------------------------
 
 BOOKS = ("phase", "step", "done", "owed", "speed", "seconds")  # what a checkpoint holds of a Run
 HELD = []  # for each run of this process an ExitStack: its locks, files and signal handlers
@@ -1943,7 +1935,7 @@ class Run:
         self.phase, self.step, self.done = "", 0, {}  # where the run is; finished phases and their updates
         self.owed = False  # an evaluation that a signal cut short
         self.speed, self.seconds = {}, 0.0  # phase -> [updates, seconds spent on them]; seconds in all
-        self.held, self.signal, self.rates_before = contextlib.ExitStack(), None, {}
+        self.held, self.signal = contextlib.ExitStack(), None
         HELD.append(self.held)
         places = run_folders(args.resume) if args.resume else new_folders(args, self.script)
         self.folders = [places[seed] for seed in args.seed]
@@ -1982,7 +1974,6 @@ class Run:
                 yield
                 before, self.step = self.step, self.step + stride
                 self.terminal.count(stride)
-                self.tell_learning_rates()
                 due = lambda every, before=before: self.step == steps or self.step // every > before // every
                 self.owed = evaluating = evaluate and bool(self.envs) and due(args.eval_every)
                 saving = evaluating or due(args.checkpoint_every) or self.stopping()
@@ -2106,16 +2097,8 @@ class Run:
             print("note: its checkpoint is from another kind of device: the run goes on, but not bit for bit")
         steps, old = self.args.steps, about["args"]["steps"]
         if steps > old:
-            print(f"note: {steps:,} updates instead of {old:,}: schedules over --steps stretch to the new end")
-            self.rates_before = learning_rates(self.learners[0])
-
-    def tell_learning_rates(self):
-        """After the first update of a lengthened run: which rates are other than they were."""
-        for name, old in self.rates_before.items():
-            new = learning_rates(self.learners[0])[name]
-            if not math.isclose(new, old, rel_tol=1e-3):
-                print(f"note: the learning rate of {name} was {old:.3g}, now it is {new:.3g}")
-        self.rates_before = {}
+            print(f"note: {steps:,} updates instead of {old:,}: schedules over --steps stretch to the new end,")
+            print("      and rates that had fallen rise again")
 
     def hear_signals(self):
         """Of a user or a cluster (SIGUSR1: SLURM's warning). Windows lacks two; only the main thread may hear any."""
@@ -2168,12 +2151,6 @@ class Run:
     def rates(self):
         """Updates per second of each phase."""
         return {phase: updates / max(seconds, 1e-9) for phase, (updates, seconds) in self.speed.items()}
-
-
-def learning_rates(learner):
-    """Name -> rate of each optimiser."""
-    opts = {name: part for name, part in learner.state.items() if isinstance(part, torch.optim.Optimizer)}
-    return {name: float(opt.param_groups[0]["lr"]) for name, opt in opts.items()}
 
 
 def count_updates(books):
@@ -2495,26 +2472,15 @@ def print_summary(run, summaries):
 
 
 def across_seeds(summaries):
-    """Mean, standard deviation, standard error and interquartile mean (95 % bootstrap interval) over seeds."""
+    """The summary of a run with several seeds: mean, standard deviation and standard error over them."""
     result = dict(summaries[0], seed=[summary["seed"] for summary in summaries])
-    for key in ("return", "score"):
-        if key in summaries[0]:
-            result[key] = {}
-            for when in summaries[0][key]:
-                values = np.array([summary[key][when] for summary in summaries])
-                std = values.std(ddof=1)
-                resampled = np.random.default_rng(0).choice(values, (2000, len(values)))
-                low, high = np.percentile([interquartile_mean(sample) for sample in resampled], [2.5, 97.5])
-                statistics = dict(mean=values.mean(), std=std, stderr=std / len(values) ** 0.5)
-                statistics |= dict(iqm=interquartile_mean(values), iqm_low=low, iqm_high=high, seeds=values.tolist())
-                result[key][when] = statistics
+    for key in [key for key in ("return", "score") if key in summaries[0]]:
+        result[key] = {}
+        for when in summaries[0][key]:
+            values = [summary[key][when] for summary in summaries]
+            std = float(np.std(values, ddof=1))
+            result[key][when] = dict(mean=np.mean(values), std=std, stderr=std / len(values) ** 0.5, seeds=values)
     return result
-
-
-def interquartile_mean(values):
-    """Mean of the middle half of the values."""
-    cut = len(values) // 4
-    return float(np.sort(values)[cut : len(values) - cut].mean())
 
 
 # Pictures

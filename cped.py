@@ -87,6 +87,7 @@ from common import (
     cli,
     evaluate_run,
     load_dataset,
+    offset_rewards,
     parse_args,
     save_figure,
     useless,
@@ -121,7 +122,7 @@ class Args(RunArgs):
     gp_weight: float = 0.5  # Weight of the gradient penalty.
     hidden: int = 256  # Width of critics and actor.
     behavior_hidden: int = 750  # Width of the flow's networks.
-    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1).
+    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1, unless rewards are 0 and -1 already).
     use_timeouts: bool = False  # On the paper's datasets: the file's time limits, not every 1000th row (difference 12).
 
 
@@ -576,7 +577,7 @@ def main():
         return evaluate_run(args, CPED)
     rule = row_counter if published(args) and not args.use_timeouts else None
     data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0, timeout_rule=rule)
-    data.reward.add_(args.reward_offset)
+    offset_rewards(data, args.reward_offset)
     data = data.to(args.device)
     learners = [CPED(args, data, seed) for seed in args.seed]
     phases = dict(behavior=args.behavior_steps, policy=args.steps)

@@ -81,6 +81,7 @@ from common import (
     cli,
     evaluate_run,
     load_dataset,
+    offset_rewards,
     parse_args,
     useless,
 )
@@ -106,7 +107,7 @@ class Args(RunArgs):
     time_dim: int = 16  # Size of the noise-level embedding.
     candidates: int = 1024  # Actions to choose from when acting (N in Sec. 4).
     eval_select: Literal["softmax", "argmax"] = "softmax"  # Choice among candidates by their target Q.
-    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1).
+    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1, unless rewards are 0 and -1 already).
 
 
 def table4(lr, alpha, expectile, nll_weight, lr_decay, epochs, score, **more):
@@ -496,7 +497,7 @@ def main():
     if args.evaluate:
         return evaluate_run(args, Learner)
     data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0)
-    data.reward.add_(args.reward_offset)
+    offset_rewards(data, args.reward_offset)
     data = data.to(args.device)
     learners = [Learner(args, data, seed) for seed in args.seed]
     phases = dict(pretrain=args.pretrain_steps, update=args.steps)

@@ -89,6 +89,7 @@ from common import (
     evaluate_run,
     load_dataset,
     load_run,
+    offset_rewards,
     parse_args,
     same_settings,
     save_figure,
@@ -128,7 +129,7 @@ class Args(RunArgs):
     hidden: int = 256  # Width of critic and actor
     layers: int = 3  # Hidden layers of critic and actor
     layer_norm: bool = False  # LayerNorm in the critic
-    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1)
+    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1, unless rewards are 0 and -1 already)
 
 
 def mujoco(beta, bc_coef, score, **more):
@@ -680,7 +681,7 @@ def main():
     if args.evaluate:
         return evaluate_run(args, QDQ)
     data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0)
-    data.reward.add_(args.reward_offset)
+    offset_rewards(data, args.reward_offset)
     q_rows, q_range = return_dataset(data, args.gamma, args.window, args.window_stride)
     data, q_rows = data.to(args.device), q_rows.to(args.device)
     learners = [QDQ(args, data, seed) for seed in args.seed]

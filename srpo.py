@@ -78,6 +78,7 @@ from common import (
     evaluate_run,
     load_dataset,
     load_run,
+    offset_rewards,
     parse_args,
     same_settings,
     set_state,
@@ -111,7 +112,7 @@ class Args(RunArgs):
     dropout: float = 0.1  # Dropout of the behaviour model while it trains
     weight_decay: float = 0.01  # Decoupled weight decay of the behaviour model
     scale_rewards: bool = False  # Multiply rewards by 1000 / (range of returns), as for locomotion
-    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1)
+    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1, unless rewards are 0 and -1 already)
 
 
 LOCOMOTION = dict(scale_rewards=True, eval_every=20_000, eval_episodes=20)
@@ -469,7 +470,7 @@ def main():
     data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0)
     if args.scale_rewards:
         scale_rewards(data)
-    data.reward.add_(args.reward_offset)
+    offset_rewards(data, args.reward_offset)
     data = data.to(args.device)
     learners = [SRPO(args, data, seed) for seed in args.seed]
     if args.reuse and not args.resume:

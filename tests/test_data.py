@@ -829,3 +829,15 @@ def test_cache_race(tmp_path, monkeypatch):
     [worker.join(60) for worker in workers]
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert list((tmp_path / "offline-rl").iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "low, offset, expected", [(0, -1, [-1, 0]), (-1, -1, [-1, 0]), (-1, 1, [0, 1]), (-2, -1, [-3, -2])]
+)
+def test_mazes_whose_rewards_are_shifted_already_stay(tmp_path, capsys, low, offset, expected):
+    raw = arrays()
+    raw["rewards"] = (low + raw["terminals"]).astype(np.float32)
+    data = common.load_dataset(HOPPER, write(tmp_path / "x.npz", raw))
+    common.offset_rewards(data, offset)
+    assert data.reward.unique().tolist() == expected
+    assert ("left out" in capsys.readouterr().out) == (low == -1 and offset == -1)

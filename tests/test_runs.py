@@ -557,7 +557,7 @@ def test_a_finished_run_can_be_lengthened(tmp_path, monkeypatch, capsys):
     train(run, learners, 180, phase="second")
     text = capsys.readouterr().out
     assert "note: 200 updates instead of 100" in text
-    assert "the learning rate of opt was 0, now it is 0.495" in text
+    assert "rates that had fallen rise again" in " ".join(text.split())
     assert learners[0].weight == 200 and common.load_checkpoint(run.place)["done"] == dict(first=20, second=180)
     assert parsed(monkeypatch, "--resume", run.place).steps == 200
     run, learners = resumed(monkeypatch, "--resume", run.place)
@@ -649,15 +649,10 @@ def test_several_seeds_write_their_folders_and_a_summary(tmp_path, capsys):
         assert about["args"]["seed"] == [seed] and about["versions"]["torch"] == torch.__version__
     whole = json.loads((run.root / "summary.json").read_text())["return"]["last_five"]
     assert whole["mean"] == pytest.approx(np.mean(whole["seeds"])) and len(whole["seeds"]) == 3
+    assert whole["std"] == pytest.approx(np.std(whole["seeds"], ddof=1))
     assert whole["stderr"] == pytest.approx(np.std(whole["seeds"], ddof=1) / 3**0.5)
-    assert whole["iqm_low"] <= whole["iqm"] <= whole["iqm_high"]
     for path in (run.root / "curve.png", run.root / "seed2" / "curve.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_interquartile_mean():
-    assert common.interquartile_mean(np.array([0.0, 1.0, 2.0, 3.0, 100.0])) == 2.0
-    assert common.interquartile_mean(np.array([4.0])) == 4.0
 
 
 def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):

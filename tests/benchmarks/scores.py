@@ -1,19 +1,19 @@
 """Scores of all methods on MuJoCo data in D4RL's layout: the six scripts, ReBRAC and plain behaviour cloning.
 
-    python tests/benchmarks/scores.py DATA                 # short runs for two CPU cores, hours
-    python tests/benchmarks/scores.py DATA --full          # the papers' widths, batch sizes and updates, for a GPU
-    python tests/benchmarks/scores.py DATA --methods bc rebrac --seeds 1 --jobs 1
-    python tests/benchmarks/scores.py DATA --closer --sets hopper-medium-v2 --out runs/closer
+    python tests/benchmarks/scores.py DATA                          # half an hour of one CPU core for each run
+    python tests/benchmarks/scores.py DATA --methods bc rebrac --sets hopper-medium-v2 --seeds 1 --jobs 1
+    python tests/benchmarks/scores.py DATA --rows medium-expert     # with the papers' rows for another kind of data
+    python tests/benchmarks/scores.py DATA --full                   # the papers' sizes and lengths, for a GPU
+    python tests/benchmarks/scores.py --table                       # no training: tables and picture of what is there
 
-DATA is a folder with the files named in SETS. Every run takes the paper's settings for the D4RL set of the same robot
-and kind, is a run of a script like any other, and is resumed if it was stopped; a second start runs what is missing.
-Short runs change only what SHORT names: small networks and batches, learning rate 1e-3, faster targets, few updates.
-With --closer they also take the settings in CLOSER, which hold the policy nearer to the data than the papers do.
-<out>/scores.json holds the table (see --table for a look at an unfinished one), <out>/scores.png the curves.
+DATA is a folder with the files named in SETS. The protocol was fixed before the first run: every run takes the paper's
+settings for the D4RL set of the same robot and kind and changes only what SCALE and LONG say, nothing was tuned; twenty
+evaluations. A stopped run is resumed. A finished one leaves its summary, its curve and the CPU time it took in
+tests/results/scores, and is not made again; the tables in tests/results/README.md and the picture beside them are drawn
+from that folder alone.
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -22,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import load_dataset, save_figure, score, warn  # noqa: E402
+from common import load_dataset, processor, read_csv, score, warn  # noqa: E402
 
+KEPT = ROOT / "tests/results/scores"
 SETS = {
     "hopper-medium-v2": "Hopper-v4-sac-medium.hdf5",
     "hopper-medium-replay-v2": "Hopper-v4-sac-medium-replay.hdf5",
@@ -43,136 +45,156 @@ METHODS = {  # script, and the flags that make the method
     "qdq": ("qdq", ""),
     "cped": ("cped", ""),
 }
-SMALL = "--steps 5000 --eval-every 1000 --log-every 500 --hidden 64 --batch-size 128 --tau 0.02 --device cpu"
-SHORT = {  # the phases before the last are cut to lengths that a slow core does in a minute
-    "bc": "--actor-lr 1e-3",
-    "rebrac": "--actor-lr 1e-3",
-    "bdm": "--actor-lr 1e-3 --bdm-lr 1e-3 --bdm-hidden 64 --num-futures 4",
-    "dtql": "--actor-lr 1e-3 --behavior-lr 1e-3 --critic-lr 1e-3 --behavior-hidden 64 --candidates 64",
-    "srpo": "--critic-lr 1e-3 --behavior-lr 1e-3 --actor-lr 1e-3 --behavior-hidden 64 --behavior-batch-size 128 "
-    "--behavior-steps 5000",
-    "dac": "--actor-lr 1e-3 --critic-lr 1e-3 --next-samples 2",
-    "qdq": "--critic-lr 1e-3 --actor-lr 1e-3 --return-hidden 64 --q-samples 8 --score-steps 2500 "
-    "--consistency-steps 2500",
-    "cped": "--critic-lr 1e-3 --actor-lr 1e-3 --behavior-lr 1e-3 --behavior-hidden 64 --behavior-steps 5000",
-}
-CLOSER = {  # chosen by a run or two of seed 0 on Hopper medium
-    "bc": "",
-    "rebrac": "--w-a 0.2",
-    "bdm": "--w-a 0.2",
-    "dtql": "--alpha 50",
-    "srpo": "--beta 0.005 --dropout 0 --behavior-steps 20000",
-    "dac": "--bc-threshold 0.06 --candidates 1",
-    "qdq": "--bc-coef 8",
-    "cped": "--alpha 1000 100 75 50 25 15 --behavior-steps 25000",
+SCALE = "--hidden 128 --batch-size 256 --device cpu"
+LONG = {  # lengths that one core does in about half an hour; bc: the paper's own length, which takes less
+    "bc": "--steps 1000000",
+    "rebrac": "--steps 500000",
+    "bdm": "--steps 200000 --bdm-hidden 128",
+    "dtql": "--steps 120000 --behavior-hidden 128",
+    "srpo": "--steps 75000 --behavior-hidden 128 --behavior-batch-size 256",
+    "dac": "--steps 40000 --critics 4 --next-samples 2",
+    "qdq": "--steps 30000 --return-hidden 128 --q-samples 10",
+    "cped": "--steps 120000 --behavior-hidden 128",
 }
 
 
-def folder(args, method, env, seed):
-    """Where the run leaves its files."""
-    return args.out / method / METHODS[method][0] / f"{env}@{Path(SETS[env]).stem}" / f"seed{seed}"
+def settings_of(env, rows):
+    """The D4RL set whose row of the paper's table is taken: that of `env`, or the one of kind `rows`."""
+    return env if rows is None else f"{env.split('-')[0]}-{rows}-v2"
+
+
+def kept(method, env, rows, seed):
+    """The file that holds the result of a run."""
+    return KEPT / f"{method}-{Path(SETS[env]).stem}{f'-as-{rows}' if rows else ''}-seed{seed}.json"
 
 
 def train(args, method, env, seed):
-    """One run from its start or its last checkpoint; afterwards <out>/cpu.json knows its seconds of CPU time."""
-    run = folder(args, method, env, seed)
-    if (run / "summary.json").exists():
+    """One run from its start or its last checkpoint, then its result."""
+    result = kept(method, env, args.rows, seed)
+    if result.exists() and not args.full:
         return
     script, flags = METHODS[method]
-    command = [sys.executable, str(ROOT / f"{script}.py"), "--env", env, "--data-path", str(args.data / SETS[env])]
+    row = settings_of(env, args.rows)
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--env", row, "--data-path", str(args.data / SETS[env])]
     command += [*flags.split(), "--seed", str(seed), "--out", str(args.out / method), "--resume"]
     if not args.full:
-        command += f"{SMALL} {SHORT[method]} {CLOSER[method] if args.closer else ''}".split()
-    with open(args.out / f"{method}-{env}-{seed}.log", "a") as log:
+        steps = int(LONG[method].split()[1])
+        command += f"{SCALE} {LONG[method]} --eval-every {steps // 20} --eval-episodes 10".split()
+    run = args.out / method / script / f"{row}@{Path(SETS[env]).stem}" / f"seed{seed}"
+    cost = args.out / f"{method}-{row}-{Path(SETS[env]).stem}-{seed}.seconds"  # of CPU time, over all parts of a run
+    with open(cost.with_suffix(".log"), "a") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
         _, status, used = os.wait4(child.pid, 0)
+    seconds = used.ru_utime + used.ru_stime + (float(cost.read_text()) if cost.exists() else 0)
+    cost.write_text(str(seconds))
     if status:
-        return warn(f"{method} {env} seed {seed} failed, see {log.name}")
-    (run / "cpu.json").write_text(json.dumps(used.ru_utime + used.ru_stime))
-    print(f"{method} {env} seed {seed}: {used.ru_utime + used.ru_stime:.0f} s of CPU time", flush=True)
+        return warn(f"{method} {env} seed {seed} failed or was stopped, see {log.name}")
+    print(f"{method} {env} seed {seed}: {seconds / 60:.0f} min of CPU time", flush=True)
+    if not args.full:
+        curve = [(row["total"], row["score"]) for row in read_csv(run / "metrics.csv") if "score" in row]
+        data = load_dataset(env, str(args.data / SETS[env]), judge=False).episode_returns
+        known = dict(method=method, rows=args.rows, data_score=float(score(env, data).mean()), curve=curve)
+        known |= dict(cpu_minutes=seconds / 60, processor=processor(), command=" ".join(command[1:]))
+        known["command"] = known["command"].replace(f"{ROOT}/", "").replace(f"{args.data}/", "DATA/")
+        summary = json.loads((run / "summary.json").read_text()) | dict(data_path=SETS[env], env=env)
+        KEPT.mkdir(parents=True, exist_ok=True)
+        result.write_text(json.dumps(summary | known, indent=1).replace(f"{args.out}", "runs/scores"))
 
 
-def curve(run):
-    """Updates of the last phase and the score of each evaluation, from metrics.csv."""
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
-    return [(float(row["step"]), float(row["score"])) for row in rows if row.get("score")]
-
-
-def collect(args):
-    """{dataset: {method: dict}} over finished seeds: scores of the last and of the last five evaluations, and costs."""
+def collect(rows):
+    """{dataset: {method: results of all seeds}} of what is kept for these rows of the papers' tables."""
     table = {}
-    for env in args.sets:
-        table[env] = {"data": float(score(env, load_dataset(env, str(args.data / SETS[env])).episode_returns).mean())}
-        for method in args.methods:
-            runs = [folder(args, method, env, seed) for seed in range(args.seeds)]
-            runs = [run for run in runs if (run / "summary.json").exists()]
-            if runs:
-                found = [json.loads((run / "summary.json").read_text()) for run in runs]
-                table[env][method] = dict(
-                    last=[one["score"]["last"] for one in found],
-                    last_five=[one["score"]["last_five"] for one in found],
-                    updates=found[0]["steps"],
-                    minutes=[one["seconds"] / 60 for one in found],
-                    cpu_minutes=[json.loads(file.read_text()) / 60 for run in runs for file in run.glob("cpu.json")],
-                    curves=[curve(run) for run in runs],
-                )
+    for env in SETS:
+        for method in METHODS:
+            files = sorted(KEPT.glob(kept(method, env, rows, "*").name))
+            if found := [json.loads(file.read_text()) for file in files]:
+                table.setdefault(env, {})[method] = found
     return table
 
 
-def show(table, methods, key):
-    """A table in Markdown: a row for each method, mean and standard deviation over seeds."""
-    print(f"\n| {key.replace('_', ' ')} | {' | '.join(table)} |\n{'|---' * (len(table) + 1)}|")
-    print("| data | " + " | ".join(f"{row['data']:.1f}" for row in table.values()) + " |")
-    for method in methods:
-        found = [row.get(method, {}).get(key, []) for row in table.values()]
-        cells = [f"{np.mean(v):.1f} ± {np.std(v, ddof=len(v) > 1):.1f} ({len(v)})" if v else "-" for v in found]
-        print(f"| {method} | {' | '.join(cells)} |")
+def spread(values):
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f} ({len(values)})" if len(values) > 1 else "")
 
 
-def draw(args, table):
-    """Score over the fraction of the run, a panel for each dataset, a line for each method."""
+def markdown(table):
+    """Last evaluation / mean of the last five, a row for each method; standard deviation and number of seeds."""
+    lines = [
+        f"| | {' | '.join(Path(SETS[env]).stem for env in table)} | CPU minutes |",
+        "|---" * (len(table) + 2) + "|",
+    ]
+    data = [next(iter(found.values()))[0]["data_score"] for found in table.values()]
+    lines += [f"| the data | {' | '.join(f'{value:.1f}' for value in data)} | |"]
+    for method in METHODS:
+        cells, minutes = [], []
+        for found in table.values():
+            runs = found.get(method, [])
+            minutes += [run["cpu_minutes"] for run in runs]
+            both = [spread([run["score"][when] for run in runs]) for when in ("last", "last_five")] if runs else ["-"]
+            cells.append(" / ".join(both))
+        if minutes:
+            lines.append(f"| {method} | {' | '.join(cells)} | {np.mean(minutes):.0f} |")
+    return "\n".join(lines)
 
-    def panel(axes, env):
-        axes.axhline(table[env]["data"], color="grey", linestyle="--", label="data")
-        for i, method in enumerate(args.methods):
-            if method in table[env]:
-                curves = np.array(table[env][method]["curves"])  # [seeds, evaluations, 2]
-                steps, mean = curves[0, :, 0] / curves[0, -1, 0], curves[..., 1].mean(0)
-                axes.plot(steps, mean, ".-", color=f"C{i}", label=method)
-                axes.fill_between(steps, curves[..., 1].min(0), curves[..., 1].max(0), color=f"C{i}", alpha=0.1)
-        axes.set(title=Path(SETS[env]).stem, xlabel="fraction of the run", ylabel="D4RL score")
-        if env == args.sets[0]:
-            axes.legend(fontsize=7)
 
-    save_figure(args.out / "scores.png", *(lambda axes, env=env: panel(axes, env) for env in args.sets))
+def draw(tables, path):
+    """A panel for each dataset: a bar for each method, the data and the clone as lines, one colour for one thing."""
+    envs = [env for env in SETS if any(env in table for table in tables.values())]
+    figure = Figure(figsize=(4.5 * len(envs), 3.6), layout="constrained")
+    for axes, env in zip(figure.subplots(1, len(envs), squeeze=False)[0], envs):
+        names = [method for method in METHODS if any(method in table.get(env, {}) for table in tables.values())]
+        for k, (rows, table) in enumerate(tables.items()):
+            for x, method in enumerate(names):
+                if runs := table.get(env, {}).get(method):
+                    means = [run["score"]["last_five"] for run in runs]
+                    low, high = np.mean(means) - np.min(means), np.max(means) - np.mean(means)
+                    label = None if x else rows or "the paper's settings for this kind of data"
+                    axes.bar(x + 0.4 * k, np.mean(means), 0.38, color=f"C{k}", yerr=[[low], [high]], label=label)
+        one = next(iter(next(table[env] for table in tables.values() if env in table).values()))[0]
+        axes.axhline(one["data_score"], color="black", linestyle="--", label="mean of the data")
+        axes.set_xticks(range(len(names)), names, rotation=45)
+        axes.set(title=Path(SETS[env]).stem, ylabel="D4RL score, mean of the last five")
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+
+
+def write_tables():
+    """Put the tables between their marks in tests/results/README.md, and draw the picture."""
+    tables = {rows: collect(rows) for rows in (None, "medium-expert")}
+    tables = {rows: table for rows, table in tables.items() if table}
+    page = ROOT / "tests/results/README.md"
+    text = page.read_text()
+    for rows, table in tables.items():
+        begin, end = f"<!-- scores {rows} -->", "<!-- end -->"
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{markdown(table)}\n{end}{rest.split(end, 1)[1]}"
+        print(f"\n{rows or 'same kind'}\n{markdown(table)}")
+    page.write_text(text)
+    if tables:
+        draw(tables, ROOT / "tests/figures/scores.png")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with the files in SETS")
+    parser.add_argument("data", type=Path, nargs="?", help="folder with the files in SETS")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD", help="(all)")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET", help="(all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (3)")
+    parser.add_argument("--rows", help="kind of data whose rows of the papers' tables are taken: medium-expert")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (one per core)")
     parser.add_argument("--full", action="store_true", help="the papers' sizes and lengths")
-    parser.add_argument("--closer", action="store_true", help="short runs held nearer to the data (CLOSER)")
-    parser.add_argument("--table", action="store_true", help="no training: only the table of what is finished")
-    parser.add_argument("--out", type=Path, default=Path("runs/scores"), help="folder for runs and results")
+    parser.add_argument("--table", action="store_true", help="no training")
+    parser.add_argument("--out", type=Path, default=Path("runs/scores"), help="folder for the runs")
     args = parser.parse_args()
+    if args.table:
+        return write_tables()
+    if not args.data or (missing := [SETS[env] for env in args.sets if not (args.data / SETS[env]).exists()]):
+        parser.error(f"{args.data} has no {', '.join(missing)}" if args.data else "name the folder with the data")
     args.data, args.out = args.data.resolve(), args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    missing = [SETS[env] for env in args.sets if not (args.data / SETS[env]).exists()]
-    if missing:
-        parser.error(f"{args.data} has no {', '.join(missing)}")
-    if not args.table:  # low seeds first, so that the table fills evenly
-        jobs = [(seed, env, method) for seed in range(args.seeds) for env in args.sets for method in args.methods]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: train(args, job[2], job[1], job[0]), jobs))
-    table = collect(args)
-    (args.out / "scores.json").write_text(json.dumps(table, indent=1))
-    for key in ("last", "last_five", "cpu_minutes"):
-        show(table, args.methods, key)
-    draw(args, table)
+    # low seeds first, so that the table fills evenly
+    jobs = [(seed, env, method) for seed in range(args.seeds) for env in args.sets for method in args.methods]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda job: train(args, job[2], job[1], job[0]), jobs))
 
 
 if __name__ == "__main__":
