@@ -72,7 +72,7 @@ States are z-scored, since the chain starts from N(0, I). Without critics (--sbc
 
 To lift this file out: bring your own `load_dataset` (`rows` and `split`, which names their six columns as in `Batch`;
 `episode` [N], an index that changes where an episode ends; `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`,
-`capture`, `Metrics`; the README has 20 lines.
+`capture`, `Metrics`; see tests/lifted.
 """
 
 import copy
@@ -111,24 +111,24 @@ class Args(RunArgs):
     batch_size: int = 1024
 
     # ReBRAC-SBC
-    corrected: bool = False  # Without the slips of the author's code: differences 2 and 10 to 14.
-    sbc_only: bool = False  # Imitation alone: no critics, no L_Q (App. C).
-    rebrac: bool = False  # ReBRAC as its own authors run it, without a BDM.
-    bdm_only: str | None = None  # Train the BDM alone: of the policy in the `data`, or of a run's, by its folder.
-    gamma: float = 0.99  # Discount, of rewards and of future states.
-    tau: float = 0.005  # Rate of all target networks.
-    actor_lr: float = 1e-3  # lr_pi in Table 4.
-    bdm_lr: float = 1e-3  # lr_diffusion in Table 4.
-    critic_lr: float = 1e-3  # Learning rate of the critics.
-    w_a: float = 0.01  # Weight of cloning actions, Table 4.
-    w_s: float = 0.01  # Weight of cloning states, Table 4; w_s^2 multiplies L_s (difference 1). 0: no BDM.
-    eta: Literal["code", "uniform", "paper"] = "code"  # eta_i, weight of noise level i in L_s.
-    actor_bdm: Literal["target", "online"] = "target"  # The BDM that L_s reads.
-    num_futures: int = 16  # Future states per row in L_s.
-    critic_bc: float = 0.01  # beta_c, weight of ReBRAC's penalty in the critics' target.
-    reward_scale: float = 1.0  # Multiplies every reward (ReBRAC on AntMaze: 100).
-    hidden: int = 256  # Width of actor and critics.
-    bdm_hidden: int = 512  # Width of the BDM.
+    corrected: bool = False  # Without the slips of the author's code: differences 2 and 10 to 14
+    sbc_only: bool = False  # Imitation alone: no critics, no L_Q (App. C)
+    rebrac: bool = False  # ReBRAC as its own authors run it, without a BDM
+    bdm_only: str | None = None  # Train the BDM alone: of the policy in the `data`, or of a run's, by its folder
+    gamma: float = 0.99  # Discount, of rewards and of future states
+    tau: float = 0.005  # Rate of all target networks
+    actor_lr: float = 1e-3  # lr_pi in Table 4
+    bdm_lr: float = 1e-3  # lr_diffusion in Table 4
+    critic_lr: float = 1e-3  # Learning rate of the critics
+    w_a: float = 0.01  # Weight of cloning actions, Table 4
+    w_s: float = 0.01  # Weight of cloning states, Table 4; w_s^2 multiplies L_s (difference 1). 0: no BDM
+    eta: Literal["code", "uniform", "paper"] = "code"  # eta_i, weight of noise level i in L_s
+    actor_bdm: Literal["target", "online"] = "target"  # The BDM that L_s reads
+    num_futures: int = 16  # Future states per row in L_s
+    critic_bc: float = 0.01  # beta_c, weight of ReBRAC's penalty in the critics' target
+    reward_scale: float = 1.0  # Multiplies every reward (ReBRAC on AntMaze: 100)
+    hidden: int = 256  # Width of actor and critics
+    bdm_hidden: int = 512  # Width of the BDM
 
 
 def table4(w_a0, critic_bc, w_sa, omega, w_q, paper_score):
