@@ -204,7 +204,10 @@ def mlp(sizes, activation, linear=nn.Linear, norm=None):
 
 
 class EnsembleLinear(nn.Module):
-    """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out], initialised like nn.Linear."""
+    """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out], initialised like nn.Linear.
+
+    A shorter input, [m, B, d_in], goes through the first m layers; so too below.
+    """
 
     def __init__(self, n, d_in, d_out):
         super().__init__()
@@ -213,7 +216,7 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, d_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.baddbmm(self.bias[: len(x)], x, self.weight[: len(x)])
 
 
 class EnsembleLayerNorm(nn.Module):
@@ -226,20 +229,21 @@ class EnsembleLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.bias[: len(x)], x, self.weight[: len(x)])
 
 
 class Critic(nn.Module):
-    """Q1 and Q2: obs [B, S], action [B, A] -> [2, B]."""
+    """Q1 and Q2, or Q1 alone: obs [B, S], action [B, A] -> [members, B]."""
 
     def __init__(self, obs_dim, action_dim, hidden, eps=1e-5):
         super().__init__()
         sizes = [obs_dim + action_dim, hidden, hidden, hidden, 1]
         self.net = mlp(sizes, nn.ReLU, partial(EnsembleLinear, 2), partial(EnsembleLayerNorm, 2, eps=eps))
 
-    def forward(self, obs, action):
+    def forward(self, obs, action, members=2):
         x = torch.cat([obs, action], dim=-1)
-        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+        return self.net(x.expand(members, *x.shape)).squeeze(-1)
 
 
 class Actor(nn.Module):
@@ -518,8 +522,7 @@ class BDM:
 
         # L_Q: up Q, scaled
         if self.has_critic:
-            q = self.critic(batch.obs, action)
-            q = q.amin(0) if args.rebrac else q[0]
+            q = self.critic(batch.obs, action, members=2 if args.rebrac else 1).amin(0)
             actor_loss = actor_loss - q.mean() / q.abs().mean().detach()
 
         self.actor_opt.zero_grad()

@@ -66,6 +66,7 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from common import (
     SCENES,
@@ -149,6 +150,16 @@ ETA_MIN, ETA_MAX = 0.001, 100.0
 EPS = 1e-6
 
 
+class Mish(nn.Module):
+    """x tanh(softplus(x)); on a CPU, without gradient, as x (2 / d - 1), d = 1 + sigmoid(-x)^2: a third of the time."""
+
+    def forward(self, x):
+        if x.is_cuda or torch.is_grad_enabled():
+            return F.mish(x)
+        d = torch.sigmoid(x).sub_(1).square_().add_(1)
+        return d.reciprocal_().mul_(2).sub_(1).mul_(x)
+
+
 def mlp(sizes, activation, linear=nn.Linear):
     """Linear layers of these sizes, `activation` after all but the last."""
     layers = []
@@ -176,7 +187,7 @@ class Critic(nn.Module):
     def __init__(self, n, obs_dim, action_dim, hidden):
         super().__init__()
         self.n = n
-        self.net = mlp([obs_dim + action_dim, hidden, hidden, hidden, 1], nn.Mish, partial(EnsembleLinear, n))
+        self.net = mlp([obs_dim + action_dim, hidden, hidden, hidden, 1], Mish, partial(EnsembleLinear, n))
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], dim=-1)
@@ -189,8 +200,8 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden, time_dim):
         super().__init__()
         self.register_buffer("freqs", torch.exp(-math.log(10_000) * torch.linspace(0, 1, time_dim // 2)))
-        self.time = mlp([time_dim, 2 * time_dim, 2 * time_dim], nn.Mish)
-        self.net = mlp([obs_dim + action_dim + 2 * time_dim, hidden, hidden, hidden, action_dim], nn.Mish)
+        self.time = mlp([time_dim, 2 * time_dim, 2 * time_dim], Mish)
+        self.net = mlp([obs_dim + action_dim + 2 * time_dim, hidden, hidden, hidden, action_dim], Mish)
         for layer in (*self.time, *self.net):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -332,7 +343,9 @@ class DAC:
             n, k = len(batch.next_obs), self.args.next_samples
             next_obs = batch.next_obs.repeat_interleave(k, dim=0)
             next_action = self.sample_actions(self.actor_target, next_obs, self.generator)
-            next_q = self.critic_target(next_obs, next_action).view(-1, n, k)
+            parts = 1 if next_obs.is_cuda else k  # small parts stay in a CPU's cache
+            parts = zip(next_obs.chunk(parts), next_action.chunk(parts))
+            next_q = torch.cat([self.critic_target(*part) for part in parts], dim=1).view(-1, n, k)
             target = lcb_target(
                 next_q, batch.reward, batch.terminal, self.args.gamma, self.args.rho, self.args.max_q_backup
             )
