@@ -343,9 +343,7 @@ class DAC:
             n, k = len(batch.next_obs), self.args.next_samples
             next_obs = batch.next_obs.repeat_interleave(k, dim=0)
             next_action = self.sample_actions(self.actor_target, next_obs, self.generator)
-            parts = 1 if next_obs.is_cuda else k  # small parts stay in a CPU's cache
-            parts = zip(next_obs.chunk(parts), next_action.chunk(parts))
-            next_q = torch.cat([self.critic_target(*part) for part in parts], dim=1).view(-1, n, k)
+            next_q = self.critic_target(next_obs, next_action).view(-1, n, k)
             target = lcb_target(
                 next_q, batch.reward, batch.terminal, self.args.gamma, self.args.rho, self.args.max_q_backup
             )
