@@ -54,12 +54,13 @@ more for actions far from the data (but see difference 13). Where they spread mo
 11. C: batches without replacement; actions clipped to      neither
     1 - 1e-5
 12. P: all seeds share one score and consistency model      each trains its own without --reuse
-13. P: H is larger off the data                             H is mostly error of the distillation, not spread of the
-                                                            returns (the score model's samples spread far less, see
-                                                            returns.png), and in a small known system no larger off the
-                                                            data (tests/benchmarks/claim_qdq.py). The method needs only
-                                                            1/H < beta on U, which holds in units of the return; it
-                                                            fails if H is below 1
+13. P: H is larger off the data                             not so in tests/benchmarks/claim_qdq.py, a small known
+                                                            system: the better the score model, the nearer its spread is
+                                                            to that of the returns, off the data as on it; the
+                                                            consistency model adds error of the distillation (see
+                                                            returns.png). The disagreement of five regressors does tell.
+                                                            The method needs only 1/H < beta on U, which holds in units
+                                                            of the return; it fails if H is below 1
 14. C: actions in [-1, 1]                                   mean, spread and noise of the policy scale with max_action
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
