@@ -31,8 +31,8 @@ final teacher. The ensemble takes 16 to 37 CPU seconds for 20,000 updates.
 (c) holds by its formula, but U lies off the data no more often than on it (0.13 to 0.45 of U, chance 0.5).
 
 The authors' released checkpoints, loaded into qdq.py's classes, say the same: AUC of H for actions far outside the box
-against random ones inside 0.19, 0.02, 0.10 for hopper-medium, -medium-replay, -medium-expert, 0.78, 0.24, 0.52 for
-halfcheetah, 0.36 for walker2d-medium (measured elsewhere, the files are not part of the project). So its lengths, up to
+against random ones inside 0.19, 0.02, 0.10 for hopper medium, replay, expert, 0.78, 0.24, 0.52 for
+halfcheetah, 0.36 for walker2d medium (measured elsewhere, the files are not part of the project). So its lengths, up to
 1,600,000 updates, bring (b) about in none of these seven sets. On the built-in HalfCheetah data the action adds little
 to what the state tells of the return (quadratic regression: 0.864 of its variance, 0.871 with the action).
 """
