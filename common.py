@@ -438,10 +438,8 @@ def download(name: str) -> Path:
                     fetch(name, path)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error}") from error
-    try:
-        open_arrays(path, source.sizes).close()
-    except CutOff as error:
-        raise RunError(f"{error}: delete it and run again, or set D4RL_DATASET_DIR to another folder") from error
+    hint = ": delete it and run again, or set D4RL_DATASET_DIR to another folder"
+    open_arrays(path, source.sizes, hint).close()
     if source.sizes and path.stat().st_size not in source.sizes:
         warn(f"{path} is not one of the known versions of {name} (other size); continuing")
     return path
@@ -453,16 +451,21 @@ def fetch(name: str, path: Path) -> None:
     for server in SERVERS:
         url = server.format(path=source.path, file=path.name)
         try:
-            digest = fetch_url(url, part)
-            with open_arrays(part, source.sizes) as file:
-                missing = [key for key in NEEDED if KEYS[key] not in file]
-            if missing:
-                raise RunError(f"the file has no {' '.join(KEYS[key] for key in missing)}")
-            if source.sizes and part.stat().st_size == source.sizes[0] and digest != source.sha256:
+            with urllib.request.urlopen(url, timeout=30) as response, open(part, "w+b") as file:
+                size = int(response.headers.get("Content-Length") or 0)
+                print(f"downloading {url} ({size / 1e6:.0f} MB)", flush=True)
+                with tqdm.wrapattr(response, "read", total=size or None, leave=False, disable=None) as body:
+                    shutil.copyfileobj(body, file, 1 << 20)
+                if (got := file.tell()) < size:
+                    raise RunError(f"cut off: got {got} of {size} bytes")
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            open_arrays(part, source.sizes).close()
+            if source.sizes and got == source.sizes[0] and digest != source.sha256:
                 warn(f"{url} is not the known version of {name} (SHA-256 {digest}); continuing")
             os.replace(part, path)
             return
-        except (RunError, http.client.HTTPException, OSError) as error:
+        except (UserError, http.client.HTTPException, OSError) as error:
             failures.append(f"{url}: {error}")
         finally:
             part.unlink(missing_ok=True)
@@ -473,67 +476,47 @@ def fetch(name: str, path: Path) -> None:
     )
 
 
-def fetch_url(url: str, part: Path) -> str:
-    """Stream `url` to `part` and return its SHA-256; RunError if it is cut off or no HDF5 file."""
-    digest, got = hashlib.sha256(), 0
-    with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-        size = int(response.headers.get("Content-Length") or 0)
-        print(f"downloading {url} ({size / 1e6:.0f} MB)", flush=True)
-        with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-            while chunk := response.read(1 << 20):
-                if got == 0 and not chunk.startswith(b"\x89HDF"):
-                    raise RunError("the server answered with a page instead of the file")
-                file.write(chunk)
-                digest.update(chunk)
-                got += len(chunk)
-                bar.update(len(chunk))
-    if got == 0 or (size and got != size):
-        raise RunError(f"cut off: got {got} of {size} bytes")
-    return digest.hexdigest()
+# Readers: each gives a dict of arrays named as in KEYS
 
 
-class CutOff(RunError):
-    """A file that cannot be whole."""
+def open_arrays(path: Path, sizes: tuple[int, ...] = (), hint: str = ""):
+    """An open HDF5 file or .npz, told apart by its first bytes, that has all arrays in NEEDED.
 
-
-def open_arrays(path: Path, sizes: tuple[int, ...] = ()):
-    """An open HDF5 file or .npz, told apart by its first bytes; `sizes` only serve the sentence on a cut-off file."""
+    sizes, hint: what a file that was cut off should have been, and what to do about it.
+    """
+    kind = "HDF5"
     try:
         with open(path, "rb") as file:
             start = file.read(8)
-        if zipped := start.startswith((b"PK\3\4", b"PK\5\6")):
-            return np.load(path)
-        if start.startswith(b"\x89HDF") or h5py.is_hdf5(path):
-            return h5py.File(path, "r")
+        if start.startswith((b"PK\3\4", b"PK\5\6")):
+            kind = ".npz"
+            arrays = np.load(path)
+        elif start.startswith(b"\x89HDF") or h5py.is_hdf5(path):
+            arrays = h5py.File(path, "r")
+        else:
+            kinds = {b"\x80": " but a pickle", b"<": " but a web page", b"\x93NUMPY": " but a single .npy array"}
+            kind = next((kind for first, kind in kinds.items() if start.startswith(first)), "")
+            raise RunError(f"{path} is neither an HDF5 file nor an .npz{kind}" if start else f"{path} is empty{hint}")
     except (OSError, zipfile.BadZipFile) as error:
         if "unable to lock" in str(error):
             why = "a program writes it, or its file system has no locks (HDF5_USE_FILE_LOCKING=FALSE does without)"
             raise RunError(f"{path} is locked: {why}") from error
         if getattr(error, "errno", None):
             raise RunError(f"{path} cannot be read: {os.strerror(error.errno)}") from error
-        kind = ".npz" if zipped else "HDF5"
-        expected = f", expected {' or '.join(map(str, sizes))}" if sizes else ""
-        raise CutOff(f"{path} is not a complete {kind} file (found {path.stat().st_size} bytes{expected})") from error
-    if not start:
-        raise CutOff(f"{path} is empty")
-    kinds = {b"\x80": " but a pickle", b"<": " but a web page", b"\x93NUMPY": " but a single .npy array"}
-    kind = next((kind for first, kind in kinds.items() if start.startswith(first)), "")
-    raise RunError(f"{path} is neither an HDF5 file nor an .npz{kind}")
-
-
-# Readers: each gives a dict of arrays named as in KEYS
+        found = f"found {path.stat().st_size} bytes" + (f", expected {' or '.join(map(str, sizes))}" if sizes else "")
+        raise RunError(f"{path} is not a complete {kind} file ({found}){hint}") from error
+    if missing := [KEYS[key] for key in NEEDED if not {key, KEYS[key]} & set(arrays)]:
+        raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(arrays))[:200]}")
+    return arrays
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
     """Arrays of a D4RL-style HDF5 file or an .npz; keys as in KEYS, floats as float32."""
     if not path.is_file():
         raise UserError(f"--data-path {path}: no such file or Minari dataset folder")
+    arrays = {}
     with open_arrays(path) as file:
         names = {short: name for short, long in KEYS.items() for name in (short, long) if name in file}
-        missing = [KEYS[short] for short in NEEDED if short not in names]
-        if missing:
-            raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(file))[:200]}")
-        arrays = {}
         for short, name in names.items():
             try:
                 value = file[name]
@@ -544,7 +527,7 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
                 arrays[short] = value.astype(np.float32)[()] if floats else np.asarray(value)
             except Exception as error:  # each library has its own
                 raise RunError(f"{name} in {path} cannot be read: {reason(error)}") from error
-        return arrays
+    return arrays
 
 
 # Minari
