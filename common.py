@@ -166,7 +166,6 @@ KEYS = {
 }
 NEEDED = ("obs", "action", "reward", "terminal")
 
-GYM_FAMILIES = ("halfcheetah", "hopper", "walker2d")
 # Raw returns that D4RL calls score 0 and score 100, by the first word of the dataset's name.
 REFERENCE = {
     "halfcheetah": (-280.178953, 12135.0),
@@ -357,7 +356,7 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
     path = Path(data_path).expanduser() if data_path else None
     original = next((name for name in DATASETS if path and Path(DATASETS[name].path).name == path.name), env)
     family = original.split("-")[0]
-    if env.split("-")[0] != family and (family not in GYM_FAMILIES or env.lower() != f"{family}-v4"):
+    if env.split("-")[0] != family and env != GYM_IDS.get(family):
         raise UserError(f"{path.name} cannot be evaluated in {env}, whose physics differ: use --env {original}")
     if path.is_dir() if path else is_minari(env):
         raw, box = read_minari(path.name if path else env, path)
@@ -365,7 +364,12 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
         check_arrays(raw, env, dim, box)
         return Dataset.from_arrays(env, **raw, make_env=functools.partial(make_env, env))
     if not (path or env in BUILT_IN or env in DATASETS):
-        raise unknown_dataset(env)
+        if ":" in env or env in gymnasium.registry:
+            raise UserError(
+                f'"{env}" is an environment, not a dataset: give its data by --data-path, or see --env help'
+            )
+        near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES]) or ";"
+        raise UserError(f'unknown dataset "{env}"{near} --env help lists all')
 
     dim, box, horizon = judge_spaces(env, needed=judge)  # a package that it lacks is known before a long download
     raw = load_built_in(env) if env in BUILT_IN and not path else read_file(path or download(env))
@@ -398,7 +402,7 @@ def judge_spaces(env, needed=True):
         with make_env(env) as judge:
             judge.reset(seed=0)
             judge.step(np.zeros(judge.action_space.shape, np.float32))
-            limit = None if judge.assumed_limit or not judge.spec else judge.spec.max_episode_steps
+            limit = None if judge.assumed_limit else judge.spec.max_episode_steps
             return judge.observation_space.shape[0], judge.original_action_space, limit
     except Unfit:
         raise
@@ -407,13 +411,6 @@ def judge_spaces(env, needed=True):
             raise UserError(f"{error} (--eval-episodes 0 trains without an environment)") from error
         print(f"note: {error}; without evaluations it is not needed")
         return None, None, None
-
-
-def unknown_dataset(env: str) -> UserError:
-    if ":" in env or env in gymnasium.registry:
-        return UserError(f'"{env}" is an environment, not a dataset: give its data by --data-path, or see --env help')
-    near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES]) or ";"
-    return UserError(f'unknown dataset "{env}"{near} --env help lists all')
 
 
 def nearest(name: str, known) -> str:
@@ -718,7 +715,7 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
         raw["timeout"] = np.asarray(rule(terminal), bool) | jump
     elif "timeout" in raw or jump.any():
         raw["timeout"] = raw.get("timeout", False) | jump
-    elif env in DATASETS and env.split("-")[0] in GYM_FAMILIES:
+    elif env in DATASETS and env.split("-")[0] in GYM_IDS:
         raise UserError(
             f"{env}: the file has no timeouts, which every original has: without them episodes run together"
         )
@@ -758,7 +755,7 @@ CHEETAH_B = [-1.17, -0.23, -0.35, -0.41, -0.51, -0.44]
 
 
 def load_built_in(name: str) -> dict[str, np.ndarray]:
-    """Arrays of a built-in dataset, made on first use and cached in ~/.cache/offline-rl (or $XDG_CACHE_HOME)."""
+    """Arrays of a built-in dataset; the slow ones are cached in ~/.cache/offline-rl (or $XDG_CACHE_HOME)."""
     robot = name.split("-")[0]
     if robot == "pendulum":
         return make_pendulum_demo(name, DEMO_EPISODES[robot])
@@ -769,51 +766,44 @@ def load_built_in(name: str) -> dict[str, np.ndarray]:
             return dict(file)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # missing or damaged
         print(f"making {name} (a few seconds, once)", flush=True)
-    raw, part = make_cheetah_demo(name, DEMO_EPISODES[robot]), Path(f"{cache}.{os.getpid()}.part")
+    raw = make_cheetah_demo(name, DEMO_EPISODES[robot])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.savez(file, **raw)
+        part = cache.with_suffix(f".{os.getpid()}.npz")
+        np.savez(part, **raw)
         os.replace(part, cache)  # whole or not at all, also with several writers
     except OSError as error:
         warn(f"cannot cache {cache} ({error}); continuing")
     return raw
 
 
-def make_cheetah_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
+def make_cheetah_demo(name: str, episodes: int) -> dict[str, np.ndarray]:
     """Roll the linear controller, clip(gain (W obs + b) + noise N(0, I)), for `episodes` x 1000 steps."""
     weights = np.array(CHEETAH_W.split(), float).reshape(6, 17)
     env = make_env(name).unwrapped  # without wrappers: several times faster
-    rng, levels, steps = np.random.default_rng(seed), BUILT_IN[name], 1000
-    raw = {key: np.zeros((episodes, steps, dim), np.float32) for key, dim in (("obs", 17), ("action", 6))}
-    raw["reward"] = np.zeros((episodes, steps), np.float32)
+    rng, levels = np.random.default_rng(0), BUILT_IN[name]
+    raw = {"obs": [], "action": [], "reward": []}
     for episode in range(episodes):
         level = levels[episode % len(levels)]
-        noise = rng.uniform(-1, 1, (steps, 6)) if level is None else level[1] * rng.standard_normal((steps, 6))
+        noise = rng.uniform(-1, 1, (1000, 6)) if level is None else level[1] * rng.standard_normal((1000, 6))
         gain = 0.0 if level is None else level[0]
-        obs, _ = env.reset(seed=seed + episode)
-        for step in range(steps):
+        obs, _ = env.reset(seed=episode)
+        for step in range(1000):
             action = np.clip(gain * (weights @ obs + CHEETAH_B) + noise[step], -1, 1)
-            raw["obs"][episode, step], raw["action"][episode, step] = obs, action
-            obs, raw["reward"][episode, step], _, _, _ = env.step(action)
+            raw["obs"].append(obs)
+            raw["action"].append(action)
+            obs, reward, *_ = env.step(action)
+            raw["reward"].append(reward)
     env.close()
-    return demo_arrays(raw)
+    return demo_arrays(raw, 1000)
 
 
-def demo_arrays(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """[episodes, steps, ...] to flat rows; no demo ever terminates, the last row of each episode is a time limit."""
-    timeout = np.zeros(raw["reward"].shape, bool)
-    timeout[:, -1] = True
-    flat = {key: value.reshape(-1, *value.shape[2:]) for key, value in raw.items()}
-    return flat | {"terminal": np.zeros(timeout.size, bool), "timeout": timeout.reshape(-1)}
-
-
-def make_pendulum_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
+def make_pendulum_demo(name: str, episodes: int) -> dict[str, np.ndarray]:
     """Pump energy until the pole is high, then catch it by a linear rule; all episodes (200 steps) at once."""
-    rng, level = np.random.default_rng(seed), BUILT_IN[name][0]
+    rng, level = np.random.default_rng(0), BUILT_IN[name][0]
     env = gymnasium.make("Pendulum-v1").unwrapped  # its formulas work for arrays too
     env.state = np.stack([rng.uniform(-np.pi, np.pi, episodes), rng.uniform(-1, 1, episodes)])
-    steps = {"obs": [], "action": [], "reward": []}
+    raw = {"obs": [], "action": [], "reward": []}
     for _ in range(200):
         angle, speed = env.state
         if level is None:
@@ -824,10 +814,17 @@ def make_pendulum_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.
             energy = speed**2 / 6 + 5 * np.cos(angle)  # 5 at rest upright
             torque = gain * np.where(np.cos(angle) > 0.8, -12 * wrapped - 3 * speed, 2 * np.sign(speed * (5 - energy)))
             torque = np.clip(torque + noise * rng.standard_normal(episodes), -2, 2)
-        steps["obs"].append(np.stack([np.cos(angle), np.sin(angle), speed], axis=1))
-        steps["action"].append(torque[:, None])
-        steps["reward"].append(env.step(torque[None])[1])
-    return demo_arrays({key: np.stack(value, axis=1).astype(np.float32) for key, value in steps.items()})
+        raw["obs"].append(np.stack([np.cos(angle), np.sin(angle), speed], axis=1))
+        raw["action"].append(torque[:, None])
+        raw["reward"].append(env.step(torque[None])[1])
+    return demo_arrays({key: np.stack(value, axis=1) for key, value in raw.items()}, 200)
+
+
+def demo_arrays(raw, steps: int) -> dict[str, np.ndarray]:
+    """Rows of float32, episode after episode. No demo terminates; the last of its `steps` is a time limit."""
+    count = np.size(raw["reward"])
+    flat = {key: np.asarray(value, np.float32).reshape(count, -1) for key, value in raw.items()}
+    return flat | {"terminal": np.zeros(count, bool), "timeout": np.arange(count) % steps == steps - 1}
 
 
 # 2-D scenes of the papers: one state, 10,000 actions, a reward that depends on the action alone
@@ -837,23 +834,18 @@ uniform = lambda g: torch.rand(10_000, generator=g)
 pick = lambda centers, g: centers[torch.randint(len(centers), (10_000,), generator=g)]
 polar = lambda radius, angle: torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
-
-def grid25(g):
-    side = torch.linspace(-10, 10, 5)
-    return torch.cartesian_prod(side, side).repeat_interleave(400, 0)
+grid25 = lambda g: torch.cartesian_prod(*[torch.linspace(-10, 10, 5)] * 2).repeat_interleave(400, 0)
+two = lambda g: pick(torch.tensor([[-0.6, 0.6], [0.4, 0.2]]), g)
+three = lambda g: pick(torch.tensor([[-0.6, 0.6], [0.4, 0.4], [-0.4, -0.4]]), g)
+eight = lambda g: polar(4 / 1.414, math.pi / 4 * (8 * uniform(g)).floor())
+rings = lambda g: polar(0.75 * (1 + (4 * uniform(g)).floor()), 2 * math.pi * uniform(g))
+ring = lambda g: polar(1, 1.5 * math.pi * uniform(g))
+small_roll = lambda g: roll(g) / 5
 
 
 def roll(g):
     t = 1.5 * math.pi * (1 + 2 * uniform(g))
     return polar(t, t)
-
-
-two = lambda g: pick(torch.tensor([[-0.6, 0.6], [0.4, 0.2]]), g)
-three = lambda g: pick(torch.tensor([[-0.6, 0.6], [0.4, 0.4], [-0.4, -0.4]]), g)
-eight = lambda g: polar(4 / 1.414, math.pi / 4 * (8 * uniform(g)).floor())
-small_roll = lambda g: roll(g) / 5
-rings = lambda g: polar(0.75 * (1 + (4 * uniform(g)).floor()), 2 * math.pi * uniform(g))
-ring = lambda g: polar(1, 1.5 * math.pi * uniform(g))
 
 
 def moons(g):
@@ -1010,8 +1002,9 @@ class FlatEnv(gymnasium.Wrapper):
         # Clipping comes first: MuJoCo clips the torque, but the control cost would see the larger action.
         action = self._center + self._half * np.clip(action, -1, 1).reshape(self._half.shape)
         try:
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            return self._flat(obs), float(_plain(reward)), bool(_plain(terminated)), bool(_plain(truncated)), info
+            obs, *rest, info = self.env.step(action)
+            reward, terminated, truncated = (x.item() if hasattr(x, "item") else x for x in rest)  # arrays or tensors
+            return self._flat(obs), float(reward), bool(terminated), bool(truncated), info
         except (TypeError, ValueError) as error:
             raise self._misfit("step", error) from error
 
@@ -1024,11 +1017,6 @@ class FlatEnv(gymnasium.Wrapper):
     def _misfit(self, method, error):
         what = f"{type(error).__name__}: {reason(error)}"
         return UserError(f"{self.name} does not keep to Gymnasium's rules in {method}: {what}")
-
-
-def _plain(value):
-    """The number in an array or tensor of one element."""
-    return value.item() if hasattr(value, "item") else value
 
 
 def on_mujoco_warning(text):
@@ -1400,7 +1388,8 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     if given.get("resume") == HERE:
         resume_here(Args, given)
     if folder := given.get("evaluate") or given.get("resume"):
-        default, source = saved_run(next(iter(run_folders(folder).values())), Args), f"the run in {folder}"
+        first = next(iter(run_folders(folder).values()))
+        default, source = saved_run(first, Args, script_of(Args)), f"the run in {folder}"
     else:
         table, relative = find_settings(env, settings)
         default, source = replace(Args(), **table | dict(env=env)), relative or env
@@ -1502,24 +1491,17 @@ def read_flags(parser, argv):
 
 
 def find_settings(env, settings):
-    """The settings of `env`, and the name of its nearest relative if they are that one's (then without its score)."""
+    """The settings of `env`, and the name of its nearest relative if they are that one's (then without its score).
+
+    The nearest is the key that shares most words with `env`; none where even the task differs.
+    """
     families = [key for key in settings if env == key or env.startswith(key + "-") and built_in(env)]
     if families:
         return settings[max(families, key=len)], None
-    relative = nearest_settings(env, settings)
+    words = lambda name: set(re.split(r"[-/_]", name.lower()))
+    likeness = lambda key: len(words(key) & words(env)) - 0.1 * len(words(key) - words(env))
+    relative = max([key for key in settings if key.split("-")[0] in words(env)], key=likeness, default=None)
     return {key: value for key, value in settings.get(relative, {}).items() if key != "paper_score"}, relative
-
-
-def nearest_settings(env, settings):
-    """The key of `settings` that shares most words with `env`; None where even the task differs."""
-
-    def words(name):
-        return set(re.split(r"[-/_]", name.lower()))
-
-    relatives = [key for key in settings if key.split("-")[0] in words(env)]
-    return max(
-        relatives, key=lambda key: len(words(key) & words(env)) - 0.1 * len(words(key) - words(env)), default=None
-    )
 
 
 def built_in(env):
@@ -1587,12 +1569,11 @@ def check_resume(saved, args, given):
         if name != "steps" and was != now:
             raise UserError(f"{flag(name)} was {was} in {args.resume} and cannot be {now} when it is resumed")
     folders = run_folders(args.resume)
-    for seed in given.get("seed", ()):
-        if seed not in folders:
-            raise UserError(f"{args.resume} holds no run of seed {seed}")
     seeds = given.get("seed") or tuple(folders)
     for seed in seeds:
-        other = saved_run(folders[seed], type(args))
+        if seed not in folders:
+            raise UserError(f"{args.resume} holds no run of seed {seed}")
+        other = saved_run(folders[seed], type(args), script_of(type(args)))
         args.steps = max(args.steps, other.steps)
         kept = vars(saved).keys() - FREE - {"steps", "out"}
         if changed := [name for name in kept if getattr(saved, name) != getattr(other, name)]:
@@ -1618,14 +1599,6 @@ def resume_here(Args, given):
 def script_of(Args):
     """The file that `Args` stands in."""
     return Path(getattr(sys.modules[Args.__module__], "__file__", None) or "notebook.py")
-
-
-def saved_run(folder, Args):
-    """The settings of the run in `folder`, which must be one of this script."""
-    script = script_of(Args).name
-    if not (folder / script).exists():
-        raise UserError(f"{folder} is not a run of {script}")
-    return replace(Args(), **saved_args(folder, Args))
 
 
 def list_datasets() -> str:
@@ -1710,7 +1683,7 @@ def get_state(parts):
 
 
 def set_state(parts, state):
-    """The inverse of `get_state`; before `capture`, because optimisers allocate new tensors when they load.
+    """The inverse of `get_state`, in place where the tensors are there, because a CUDA graph knows them by address.
 
     False if the state is from another kind of device, whose generators are unlike these, which stay as they are.
     """
@@ -1722,14 +1695,20 @@ def set_state(parts, state):
                 part.set_state(saved.cpu())
             else:
                 same_kind = False
-        elif isinstance(part, torch.optim.Optimizer):
+        elif isinstance(part, torch.Tensor):
+            part.data.copy_(saved)
+        elif not isinstance(part, torch.optim.Optimizer):
+            part.load_state_dict(saved)
+        elif part.state:
+            for index, slots in enumerate(part.state[p] for group in part.param_groups for p in group["params"]):
+                for key, value in slots.items():
+                    value.copy_(saved["state"].get(index, {}).get(key, torch.zeros_like(value)))
+            for group, old in zip(part.param_groups, saved["param_groups"]):
+                group["lr"].copy_(old["lr"])
+        else:  # before its first step
             own = [{key: group[key] for key in ("capturable", "fused") if key in group} for group in part.param_groups]
             groups = [group | flags for group, flags in zip(saved["param_groups"], own)]
             part.load_state_dict(saved | dict(param_groups=groups))
-        elif isinstance(part, torch.Tensor):
-            part.data.copy_(saved)
-        else:
-            part.load_state_dict(saved)
     return same_kind
 
 
@@ -1744,14 +1723,12 @@ def load_checkpoint(folder, device="cpu"):
         raise RunError(f"{path} cannot be read, the file may be damaged: {reason(error)}") from None
 
 
-def saved_args(folder, Args):
-    """The settings that the run in `folder` was made with, as a dict of fields of `Args`."""
-    try:
-        saved = json.loads((Path(folder) / "args.json").read_text())["args"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json") from None
-    names = {field.name for field in fields(Args)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in names}
+def saved_run(folder, Args, script=None):
+    """The settings, an `Args`, of the run in `folder`, which must be one of `script` if that is given."""
+    saved = read_about(folder)["args"]
+    if script and not (Path(folder) / Path(script).name).exists():
+        raise UserError(f"{folder} is not a run of {Path(script).name}")
+    return replace(Args(), **{name: value for name, value in saved.items() if hasattr(Args, name)})
 
 
 def load_run(script, folder, Args, seed=None, device="cpu"):
@@ -1762,10 +1739,8 @@ def load_run(script, folder, Args, seed=None, device="cpu"):
     folder = Path(folder)
     if seed is not None and (folder / f"seed{seed}").is_dir():
         folder = folder / f"seed{seed}"
-    checkpoint, saved = load_checkpoint(folder, device), saved_args(folder, Args)
-    if not (folder / Path(script).name).exists():
-        raise UserError(f"{folder} is not a run of {Path(script).name}")
-    return replace(Args(), **saved | dict(device=str(device))), checkpoint
+    checkpoint = load_checkpoint(folder, device)
+    return replace(saved_run(folder, Args, script), device=str(device)), checkpoint
 
 
 def same_settings(folder, theirs, ours, names):
@@ -1786,7 +1761,7 @@ def same_settings(folder, theirs, ours, names):
 def load_policy(Learner, Args, folder, device="cpu"):
     """A trained policy: a function from observations [n, S] to actions [n, A] in [-1, 1], numpy arrays both."""
     checkpoint = load_checkpoint(folder, device)
-    args = replace(Args(), **saved_args(folder, Args) | dict(device=device))
+    args = replace(saved_run(folder, Args), device=device)
     learner = Learner(args, SimpleNamespace(**checkpoint["dims"]), args.seed[0])
     set_state(learner.state, checkpoint["learner"])
     return policy_of(learner)
@@ -1860,7 +1835,8 @@ def record(learner, update):
         learner.generator = learner.state["generator"] = torch.Generator(learner.generator.device)
         raise
     finally:
-        take_back(learner, before)
+        set_state(learner.state, before)
+        learner.metrics.read()
         torch.cuda.synchronize()
     return replay
 
@@ -1872,20 +1848,6 @@ def tensors(state):
             yield from tensors(value)
         elif isinstance(value, torch.Tensor) and name != "generator":
             yield value
-
-
-def take_back(learner, before):
-    """Restore a learner in place, because a CUDA graph knows tensors by their address."""
-    for name, part in learner.state.items():
-        if isinstance(part, torch.optim.Optimizer):
-            for index, slots in enumerate(part.state[p] for group in part.param_groups for p in group["params"]):
-                for key, value in slots.items():
-                    value.copy_(before[name]["state"].get(index, {}).get(key, torch.zeros_like(value)))
-            for group, old in zip(part.param_groups, before[name]["param_groups"]):
-                group["lr"].copy_(old["lr"])
-        else:
-            set_state({name: part}, before)
-    learner.metrics.read()
 
 
 # ---- Runs: the loop, then its parts: folder, log, terminal, summary, pictures ----------------------------------------
@@ -1932,7 +1894,7 @@ class Run:
         else:
             for folder, seed in zip(self.folders, args.seed):
                 begin_folder(folder, self, seed)
-        self.logs = [self.held.enter_context(Log(*place, self)) for place in zip(self.folders, args.seed)]
+        self.logs = [Log(*place, self) for place in zip(self.folders, args.seed)]
         self.start, self.drawn = time.monotonic() - self.seconds, time.monotonic()
         self.terminal = Terminal(self)
 
@@ -1949,7 +1911,7 @@ class Run:
         self.phase = phase
         self.done.pop(phase, None)  # a finished run can be lengthened
         if steps:
-            self.terminal.open(phase, steps)
+            self.terminal.open(steps)
         self.restart_clock()
         while self.owed or self.step < steps:
             saving = evaluating = self.owed  # first of all what a signal cut short
@@ -2024,9 +1986,9 @@ class Run:
         def tick():
             if self.signal:
                 raise Stopped
-            self.terminal.refresh(", evaluating")
 
         begin, found = time.monotonic(), []
+        self.terminal.name(", evaluating")
         try:
             for learner, seed in zip(self.learners, self.args.seed):
                 found.append(evaluate(policy_of(learner), self.envs, evaluation_seed(seed), tick))
@@ -2153,7 +2115,7 @@ def new_folders(args, script):
 def run_folders(folder):
     """Seed -> folder: of one run, or of all seeds in `folder`."""
     paths = [path for path in Path(folder).glob("seed*") if path.name[4:].isdigit() and (path / "args.json").exists()]
-    return dict(sorted((saved_args(path, RunArgs)["seed"][0], path) for path in paths or [Path(folder)]))
+    return dict(sorted((read_about(path)["args"]["seed"][0], path) for path in paths or [Path(folder)]))
 
 
 def updates_of(folders):
@@ -2170,7 +2132,7 @@ def lock(folder):
     except Timeout:
         try:
             holder = "process {pid} on {host} since {since}".format(**read_about(folder)["process"])
-        except (OSError, ValueError, KeyError):
+        except (UserError, KeyError):
             holder = "another process"
         raise UserError(f"{folder} is in use by {holder}: wait for its end, or choose another --out") from None
 
@@ -2197,7 +2159,13 @@ def write_about(folder, run, seed, about):
 
 
 def read_about(folder):
-    return json.loads((folder / "args.json").read_text())
+    """What `write_about` wrote."""
+    try:
+        about = json.loads((Path(folder) / "args.json").read_text())
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in about["args"].items()}
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json") from None
+    return about | dict(args=saved)
 
 
 def now():
@@ -2218,16 +2186,21 @@ def device_name(device):
 
 def git_state(script):
     """The commit that `script` stands in and whether files differ from it; None outside a repository."""
-
-    def git(*command):
-        command = ["git", "-C", str(script.resolve().parent), *command]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
+    command = [
+        "git",
+        "-C",
+        str(script.resolve().parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
-        commit = git("rev-parse", "HEAD")
-        return dict(commit=commit, dirty=bool(git("status", "--porcelain", "-uno"))) if commit else None
+        text = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         return None
+    return dict(commit=text.removesuffix("-dirty"), dirty=text.endswith("-dirty")) if text else None
 
 
 def write_text(path, text):
@@ -2248,6 +2221,7 @@ class Log:
         self.rows = [row for row in read_csv(self.path) if row["total"] <= total]  # what was logged after is left out
         self.board = SummaryWriter(str(folder), purge_step=total + 1 if total else None)
         self.wandb = start_wandb(folder, seed, run) if run.args.wandb else None
+        run.held.callback(self.close)
 
     def add(self, row):
         self.rows.append(row)
@@ -2281,10 +2255,7 @@ class Log:
         if self.wandb:
             self.wandb.log(values | dict(total=total))
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
+    def close(self):
         with contextlib.suppress(OSError):  # a full disk has been told
             self.board.close()
         if self.wandb:
@@ -2325,7 +2296,7 @@ class Terminal:
     def __init__(self, run):
         self.run, self.bar, self.latest = run, None, ""
         self.counted, self.rate = 0, math.nan  # updates; how many a second in the first hundred
-        self.evaluation_seconds = self.printed = self.refreshed = 0.0
+        self.evaluation_seconds = self.printed = 0.0
         args, data = run.args, run.data
         mean = f", mean return {np.mean(data.episode_returns):.1f}" if len(data.episode_returns) else ""
         limit = run.envs and run.envs[0].assumed_limit
@@ -2340,18 +2311,21 @@ class Terminal:
             if text:
                 print(f"{name:<11} {text}", flush=True)
 
-    def open(self, phase, steps):
-        names = [name for name, length in self.run.phases.items() if length]
-        self.name = f"{phase} ({names.index(phase) + 1} of {len(names)})"
+    def open(self, steps):
         self.bar = tqdm(
-            total=steps, initial=self.run.step, desc=self.name, disable=not sys.stderr.isatty(), dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            total=steps, initial=self.run.step, unit=" updates", disable=not sys.stderr.isatty(), dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}",
         )  # fmt: skip
+        self.name()
+
+    def name(self, note=""):
+        names = [name for name, length in self.run.phases.items() if length]
+        phase = self.run.phase
+        self.bar.set_description_str(f"{phase} ({names.index(phase) + 1} of {len(names)}){note}")
 
     def count(self, stride):
         """After an update. The first, which is slow on a GPU, and a hundred more give the estimate of the time."""
         self.bar.update(stride)
-        self.refresh()
         self.counted += stride
         if self.counted == stride:
             self.run.wait()
@@ -2360,6 +2334,7 @@ class Terminal:
             self.run.wait()
             self.rate = (self.counted - stride) / (time.monotonic() - self.began)
             left = self.seconds_left()
+            self.bar.set_postfix_str(f"{duration(left)} left", refresh=False)
             self.line(f"time        about {duration(left)}, evaluations not counted")
             if self.run.args.device == "cpu" and left > 3 * 3600:
                 warn(f"this takes about {duration(left)} on a CPU; --steps N is a whole run of a smaller size")
@@ -2372,24 +2347,19 @@ class Terminal:
             seconds += steps / rates.get(phase, rates.get(run.phase, self.rate))
         return seconds + steps // run.args.eval_every * self.evaluation_seconds  # the last phase has evaluations
 
-    def refresh(self, note=""):
-        """The bar, twice a second at most; it goes on while an evaluation lasts."""
-        if not self.bar.disable and time.monotonic() - self.refreshed > 0.5:
-            self.refreshed = time.monotonic()
-            self.bar.set_postfix_str(f"{duration(self.seconds_left())} left{self.latest}", refresh=False)
-            self.bar.set_description_str(self.name + note)
-
     def show(self, evaluated):
         """After a row of the log: a line if there was an evaluation; without a terminal every ten seconds too."""
         run, rows = self.run, [log.rows[-1] for log in self.run.logs]
         if evaluated:
             mean = lambda key: f"{key} {np.mean([row[key] for row in rows]):.1f}"
             self.latest = " | " + mean("return") + (f", {mean('score')}" if "score" in rows[0] else "")
+        rate, left = run.rates()[run.phase], duration(self.seconds_left())
+        self.bar.set_postfix_str(f"{left} left{self.latest}", refresh=False)
+        self.name()
         steps, finished = run.phases[run.phase], run.phase in run.done
         if evaluated or (self.bar.disable and (finished or time.monotonic() - self.printed > 10)):
             self.printed = time.monotonic()
             losses = [f"{name} {value:.3g}" for name, value in rows[0].items() if name.endswith("_loss")]
-            rate, left = run.rates()[run.phase], duration(self.seconds_left())
             line = f"{run.phase} {run.step:,}/{steps:,} | {rate:.0f} updates/s, {left} left | {', '.join(losses[:4])}"
             self.line(line + self.latest)
 
@@ -2431,11 +2401,11 @@ def summarise(run, rows, seed):
 
 def print_summary(run, summaries):
     """The closing lines: last evaluation, mean of the last five, best; data and paper; speed, pictures, files."""
-    for when, title in (("last", "last"), ("last_five", "last five"), ("best", "best")):
+    for when in ("last", "last_five", "best"):
         for key in ("return", "score"):
             if key in summaries[0]:
                 values = [summary[key][when] for summary in summaries]
-                text = f"{title:<11} {key if key == 'return' else score_name(run.args.env)} {np.mean(values):.1f}"
+                text = f"{when.replace('_', ' '):<11} {key if key == 'return' else score_name(run.args.env)} {np.mean(values):.1f}"
                 if len(values) > 1:
                     each = ", ".join(f"{value:.1f}" for value in values)
                     text += f" ± {np.std(values, ddof=1):.1f} over {len(values)} seeds ({each})"
