@@ -36,7 +36,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import gymnasium
 import h5py
@@ -45,7 +45,8 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from gymnasium import spaces
-from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+from gymnasium.envs.mujoco.ant_v5 import AntEnv
+from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
@@ -82,7 +83,7 @@ SERVERS = (  # asked in this order; the mirror keeps all files in one folder
     "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
 )
 
-# Dataset, size in bytes, size of the older edition (the v2 files were replaced once), SHA-256 of the newer edition.
+# Dataset, size in bytes, size of the older edition if there was one, SHA-256 of the newer edition.
 # Source: the checksum lists of TensorFlow Datasets.
 KNOWN_FILES = """
 hopper-random-v2 152525345 139446977 63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054
@@ -100,21 +101,21 @@ walker2d-medium-v2 232254996 216994829 cf00f43add04c17fdfc2958dd581dea0851b2e5be
 walker2d-medium-replay-v2 86323963 88471563 e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db
 walker2d-medium-expert-v2 462197079 431922429 6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04
 walker2d-expert-v2 230567195 215544301 2985dc3d436a8baa10e8f43f946fe1d7c6337a4e4fbc65def70618093b18c59a
-antmaze-umaze-v0 232533093 - 188838316eab5882fa0e1dc8398b5e79772f64f27f0b78d6aebe838402a720c6
-antmaze-umaze-diverse-v0 230854793 - 4aff7f77b97a8dd62e513cac8f57da7cdb458cfac7ac0cec3081b7765f2da59d
-antmaze-medium-play-v0 231110993 - 527385c14b87892e8c222c43246546d6cd461fa2a5476d0b3b105ae422b7637c
-antmaze-medium-diverse-v0 231095454 - b77764cac90c23e09905539c49ceb3949b49c5b39eb9d51788cc64b9dd0a2c0d
-antmaze-large-play-v0 230880846 - e37afef5b80b968b30cad2682f9a93ee1b400e3b58c7a7f45e7d425d03a2b03d
-antmaze-large-diverse-v0 231183929 - dda7acbdde1a94a14aa7b06a7e5d8141e60a03ccdc4578bff34b0444425bf11d
-antmaze-umaze-v2 232532949 - 5ef15257771c50ef4d23c7de001750e96c8bb5d9b6a5e4a821dcfb3065fbd130
-antmaze-umaze-diverse-v2 230854272 - c771dd63963cd7d9f55f24a6d809064f6b82250a6aeac4c9d13f9a1d06e8c932
-antmaze-medium-play-v2 231110764 - c9fec1c1daad97c71d61bd47f4ccc9f74faa855b8a2d2e8107d5378018827e5b
-antmaze-medium-diverse-v2 231095166 - ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7
-antmaze-large-play-v2 230880653 - 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471
-antmaze-large-diverse-v2 231183710 - 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
-pen-human-v1 2040573 - 209e345b2150b633f30a11612612c60f49e941f127ce6c4dc0cd790501c46f9f
-pen-cloned-v1 155074191 - 6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22
-pen-expert-v1 262040663 - 3791b8ca6a802061770af2977c051ac3ae261488210ce73788760a5b8308f374
+antmaze-umaze-v0 232533093 188838316eab5882fa0e1dc8398b5e79772f64f27f0b78d6aebe838402a720c6
+antmaze-umaze-diverse-v0 230854793 4aff7f77b97a8dd62e513cac8f57da7cdb458cfac7ac0cec3081b7765f2da59d
+antmaze-medium-play-v0 231110993 527385c14b87892e8c222c43246546d6cd461fa2a5476d0b3b105ae422b7637c
+antmaze-medium-diverse-v0 231095454 b77764cac90c23e09905539c49ceb3949b49c5b39eb9d51788cc64b9dd0a2c0d
+antmaze-large-play-v0 230880846 e37afef5b80b968b30cad2682f9a93ee1b400e3b58c7a7f45e7d425d03a2b03d
+antmaze-large-diverse-v0 231183929 dda7acbdde1a94a14aa7b06a7e5d8141e60a03ccdc4578bff34b0444425bf11d
+antmaze-umaze-v2 232532949 5ef15257771c50ef4d23c7de001750e96c8bb5d9b6a5e4a821dcfb3065fbd130
+antmaze-umaze-diverse-v2 230854272 c771dd63963cd7d9f55f24a6d809064f6b82250a6aeac4c9d13f9a1d06e8c932
+antmaze-medium-play-v2 231110764 c9fec1c1daad97c71d61bd47f4ccc9f74faa855b8a2d2e8107d5378018827e5b
+antmaze-medium-diverse-v2 231095166 ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7
+antmaze-large-play-v2 230880653 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471
+antmaze-large-diverse-v2 231183710 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
+pen-human-v1 2040573 209e345b2150b633f30a11612612c60f49e941f127ce6c4dc0cd790501c46f9f
+pen-cloned-v1 155074191 6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22
+pen-expert-v1 262040663 3791b8ca6a802061770af2977c051ac3ae261488210ce73788760a5b8308f374
 """
 UNKNOWN_FILES = [f"{robot}-full-replay-v2" for robot in ("halfcheetah", "hopper", "walker2d")]  # none published
 UNKNOWN_FILES += [f"kitchen-{kind}-v0" for kind in ("complete", "partial", "mixed")]
@@ -151,7 +152,7 @@ def server_path(name: str) -> str:
 
 DATASETS = {}
 for _name, *_sizes, _sha256 in map(str.split, KNOWN_FILES.strip().split("\n")):
-    DATASETS[_name] = Source(server_path(_name), tuple(int(size) for size in _sizes if size != "-"), _sha256)
+    DATASETS[_name] = Source(server_path(_name), tuple(map(int, _sizes)), _sha256)
 DATASETS |= {_name: Source(server_path(_name), (), "") for _name in UNKNOWN_FILES}
 
 # Names of arrays: here, and in the files (either is read); a file must hold those in NEEDED.
@@ -239,7 +240,6 @@ class Dataset:
     obs_dim: int
     action_dim: int
     episode: torch.Tensor | None  # [N] int64, episode of each row; None where the rows are not in time order
-    step: torch.Tensor | None  # [N] int64, place of each row in its episode
     episode_returns: np.ndarray  # raw return of each complete episode, time-limit rows included; perhaps empty
     make_env: Callable[[], gymnasium.Env]  # one environment for evaluation
     max_action: float = 1.0
@@ -277,16 +277,14 @@ class Dataset:
         columns = (obs[keep], action[keep], reward[keep, None], following, next_action, terminal[keep, None])
         rows = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32))
 
-        episode, step, returns = None, None, np.zeros(0)
+        episode, returns = None, np.zeros(0)
         if in_order:
             first = np.flatnonzero(np.concatenate([[True], end[:-1]]))  # first row of each episode
-            episode = np.cumsum(end) - end
-            step = np.arange(len(obs)) - first[episode]
+            episode = torch.from_numpy((np.cumsum(end) - end)[keep])
             returns = np.add.reduceat(reward.astype(np.float64), first)
             returns = returns if end[-1] else returns[:-1]
-            episode, step = torch.from_numpy(episode[keep]), torch.from_numpy(step[keep])
         digest = hashlib.sha256(rows.numpy()).hexdigest()[:16]
-        return cls(name, rows, obs.shape[1], action.shape[1], episode, step, returns, make_env, max_action, digest)
+        return cls(name, rows, obs.shape[1], action.shape[1], episode, returns, make_env, max_action, digest)
 
     @classmethod
     def bandit(cls, name, action, reward, terminal=True, noise=0.0) -> "Dataset":
@@ -307,8 +305,8 @@ class Dataset:
 
     def to(self, device) -> "Dataset":
         """The same data on `device`."""
-        columns = {key: getattr(self, key) for key in ("rows", "episode", "step")}
-        return replace(self, **{key: value.to(device) for key, value in columns.items() if value is not None})
+        episode = None if self.episode is None else self.episode.to(device)
+        return replace(self, rows=self.rows.to(device), episode=episode)
 
     def need_order(self, what: str) -> None:
         """Raise UserError if the rows are not in time order, for a method that needs it for `what`, such as returns."""
@@ -740,7 +738,6 @@ def count_timeouts(terminal: np.ndarray, horizon: int) -> np.ndarray:
 # Built-in data
 
 
-DEMO_VERSION = 1  # raise when the recipe changes, so that old caches are not used
 DEMO_EPISODES = {"halfcheetah": 50, "pendulum": 100}
 # A linear HalfCheetah-v4 controller found by random search (augmented random search), rounded; it runs at return 4570.
 CHEETAH_W = """
@@ -760,7 +757,7 @@ def load_built_in(name: str) -> dict[str, np.ndarray]:
     if robot == "pendulum":
         return make_pendulum_demo(name, DEMO_EPISODES[robot])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "offline-rl"
-    cache = folder / f"{name}-{DEMO_EPISODES[robot]}x1000-seed0-v{DEMO_VERSION}.npz"
+    cache = folder / f"{name}-{DEMO_EPISODES[robot]}x1000-seed0-v1.npz"  # another version for another recipe
     try:
         with np.load(cache) as file:
             return dict(file)
@@ -958,6 +955,7 @@ def make_env(env, render_mode=None, max_episode_steps=1000):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* is out of date", DeprecationWarning)  # v4 is meant
+            warnings.filterwarnings("ignore", "(Installed|Package) .*")  # published sets name older versions
             make = make_d4rl if original else make_minari if is_minari(env) else gymnasium.make
             raw = make(env, **options)
     except UserError:
@@ -1053,7 +1051,7 @@ def make_d4rl(env, **options):
         import_robotics(env, kitchen=True)
         noise = {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}  # D4RL's values
         tasks = list(KITCHEN_TASKS[kind])
-        return KitchenVector(gymnasium.make("FrankaKitchen-v1", tasks_to_complete=tasks, **noise, **options))
+        return flat_kitchen(gymnasium.make("FrankaKitchen-v1", tasks_to_complete=tasks, **noise, **options))
     return gymnasium.make(GYM_IDS[family], **options)
 
 
@@ -1069,7 +1067,7 @@ def import_robotics(env, kitchen=False):
     gymnasium.register_envs(gymnasium_robotics)
 
 
-class AntMaze(gymnasium.Env):
+class AntMaze(MujocoEnv):
     """D4RL's antmaze (v0 and v2), rebuilt from Gymnasium's ant.xml.
 
     The AntMaze of gymnasium-robotics cannot stand in: it has another gear, time step, frame and observation.
@@ -1078,58 +1076,40 @@ class AntMaze(gymnasium.Env):
     reset. This is v2's rule; v0 drew one goal per environment object, which only makes its scores noisier.
     """
 
-    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 10}
-    frame_skip = 5
+    metadata = AntEnv.metadata | {"render_fps": 10}
 
     def __init__(self, maze, render_mode=None):
-        walls, (goal_row, goal_col) = MAZES[maze]
+        self.walls, (row, col) = MAZES[maze]
+        self.goal_cell = np.array([4.0 * (col - 1), 4.0 * (row - 1)])
+        super().__init__("ant.xml", 5, spaces.Box(-np.inf, np.inf, (29,), np.float64), render_mode)
+
+    def _initialize_simulation(self):
         contact = {"solref": [0.02, 1], "solimp": [0.8, 0.8, 0.01, 0.5, 2]}
         wall = {"type": mujoco.mjtGeom.mjGEOM_BOX, "size": [2, 2, 1], "contype": 1, "conaffinity": 1, "condim": 3}
         wall |= {"margin": 0.01, "friction": [1, 0.5, 0.5], **contact}
-        assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
-        spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
+        spec = mujoco.MjSpec.from_file(self.fullpath)
         spec.option.timestep = 0.02
         for geom in spec.geoms:
             geom.solref, geom.solimp = contact["solref"], contact["solimp"]
         for actuator in spec.actuators:
             actuator.gear[0] = 30
-        for row, cells in enumerate(walls):
+        for row, cells in enumerate(self.walls):
             for col, cell in enumerate(cells):
                 if cell == "1":
                     spec.worldbody.add_geom(pos=[4 * (col - 1), 4 * (row - 1), 1], **wall)
-        self.model = spec.compile()
-        self.data = mujoco.MjData(self.model)
-        self.goal_cell = np.array([4.0 * (goal_col - 1), 4.0 * (goal_row - 1)])
-        self.goal = self.goal_cell
-        self.render_mode = render_mode
-        self.renderer = MujocoRenderer(self.model, self.data, width=480, height=480) if render_mode else None
-        self.action_space = spaces.Box(-1.0, 1.0, (self.model.nu,), np.float32)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (self.model.nq + self.model.nv,), np.float64)
+        model = spec.compile()
+        return model, mujoco.MjData(model)
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos += self.np_random.uniform(-0.1, 0.1, self.model.nq)
-        self.data.qvel = 0.1 * self.np_random.standard_normal(self.model.nv)
-        mujoco.mj_forward(self.model, self.data)
+    def reset_model(self):
+        noise = self.np_random.uniform(-0.1, 0.1, self.model.nq), 0.1 * self.np_random.standard_normal(self.model.nv)
+        self.set_state(self.init_qpos + noise[0], self.init_qvel + noise[1])
         self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
-        return self._obs(), {}
+        return self.state_vector()
 
     def step(self, action):
-        self.data.ctrl = action
-        mujoco.mj_step(self.model, self.data, self.frame_skip)
+        self.do_simulation(action, self.frame_skip)
         success = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
-        return self._obs(), float(success), success, False, {"success": success}
-
-    def _obs(self):
-        return np.concatenate([self.data.qpos, self.data.qvel])
-
-    def render(self):
-        return self.renderer.render(self.render_mode)
-
-    def close(self):
-        if self.renderer:
-            self.renderer.close()
+        return self.state_vector(), float(success), success, False, {"success": success}
 
 
 class PenDrop(gymnasium.Wrapper):
@@ -1140,24 +1120,19 @@ class PenDrop(gymnasium.Wrapper):
         return obs, reward, bool(terminated or obs[26] < 0.075), truncated, info
 
 
-class KitchenVector(gymnasium.ObservationWrapper):
-    """D4RL's kitchen observation [60]: robot position [9], object position [21], goal [30], zero where not asked for.
+def flat_kitchen(env):
+    """With D4RL's observation [60]: robot position [9], object position [21], goal [30], zero where not asked for.
 
     The reward is 1 for every subtask when it is first completed, so the return counts subtasks.
     """
+    from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_INDICES
 
-    def __init__(self, env):
-        from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_INDICES
-
-        super().__init__(env)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (60,), np.float64)
-        self.goal = np.zeros(30)
-        for task, target in env.unwrapped.goal.items():
-            self.goal[OBS_ELEMENT_INDICES[task]] = target
-
-    def observation(self, obs):
-        state = obs["observation"]  # [59]: robot position 9 and velocity 9, object position 21 and velocity 20
-        return np.concatenate([state[:9], state[18:39], self.goal])
+    goal = np.zeros(30)
+    for task, target in env.unwrapped.goal.items():
+        goal[OBS_ELEMENT_INDICES[task]] = target
+    # obs["observation"] [59]: robot position 9 and velocity 9, object position 21 and velocity 20
+    flat = lambda obs: np.concatenate([obs["observation"][:9], obs["observation"][18:39], goal])
+    return gymnasium.wrappers.TransformObservation(env, flat, spaces.Box(-np.inf, np.inf, (60,), np.float64))
 
 
 def make_minari(env, **options):
@@ -1179,14 +1154,11 @@ def make_minari(env, **options):
         options |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
     if spec.id.startswith("PointMaze"):  # recorded as one episode of a million steps
         options |= {"max_episode_steps": gymnasium.registry[spec.id].max_episode_steps}
-    with warnings.catch_warnings():
-        # Published sets name the package versions of their recording; other versions are normal.
-        warnings.filterwarnings("ignore", "(Installed|Package) .*")
-        try:
-            return dataset.recover_environment(eval_env=True, **options)
-        except Exception as error:  # whatever its wrappers and modules raise
-            why = f"{type(error).__name__}: {reason(error)}"
-            raise UserError(f"the environment of '{env}', {spec.id}, cannot be made here ({why}): {hint}") from error
+    try:
+        return dataset.recover_environment(eval_env=True, **options)
+    except Exception as error:  # whatever its wrappers and modules raise
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"the environment of '{env}', {spec.id}, cannot be made here ({why}): {hint}") from error
 
 
 class Bandit(gymnasium.Env):
@@ -1223,16 +1195,13 @@ def score(env, returns):
     25 per subtask. Minari: the references stored with the data, if any. For the built-in halfcheetah data and for
     Gymnasium's own HalfCheetah, Hopper and Walker2d (any version) D4RL's numbers serve only as a familiar scale.
     """
-    if is_minari(env):
-        if env.startswith(("D4RL/antmaze/", "D4RL/kitchen/")):  # make_env gives them rewards of its own
-            reference = REFERENCE[env.split("/")[1]]
-        else:
-            with open_minari(env) as dataset:
-                metadata = dataset.storage.metadata
-            reference = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
-    else:
-        reference = REFERENCE.get(env.split("-")[0].lower(), (None, None))
-    low, high = reference
+    low, high = REFERENCE.get(env.split("-")[0].lower(), (None, None))
+    if env.startswith(("D4RL/antmaze/", "D4RL/kitchen/")):  # make_env gives them rewards of its own
+        low, high = REFERENCE[env.split("/")[1]]
+    elif is_minari(env):
+        with open_minari(env) as dataset:
+            metadata = dataset.storage.metadata
+        low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if low is None or high is None:
         return None
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
@@ -1407,7 +1376,7 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     if args.evaluate:
         useless(given, sorted(given.keys() - WITH_EVALUATE), "with --evaluate")
     elif args.resume:
-        check_resume(default, args, given)
+        check_resume(args, given)
     else:
         for field in ("eval_every", "log_every", *proportional):
             if field not in given:
@@ -1450,18 +1419,17 @@ def flag(name):
 
 def flag_type(hint):
     """How argparse reads a field of this type."""
-    inner = [kind for kind in get_args(hint) if kind not in (type(None), ...)]
-    if hint is bool:
+    kind, *rest = get_args(hint) or (hint,)
+    if kind is bool:
         return dict(action=argparse.BooleanOptionalAction)
     if get_origin(hint) is Literal:
-        return dict(choices=inner)
-    kind = inner[0] if inner else hint
+        return dict(choices=[kind, *rest])
 
     def read(text):
-        return None if text == "None" and type(None) in get_args(hint) else kind(text)
+        return None if text == "None" and type(None) in rest else kind(text)
 
     read.__name__ = kind.__name__  # for argparse's complaints
-    return dict(type=read, metavar=kind.__name__.upper()) | (dict(nargs="+") if get_origin(hint) is tuple else {})
+    return dict(type=read, metavar=kind.__name__.upper()) | (dict(nargs="+") if ... in rest else {})
 
 
 def help_texts(Args):
@@ -1542,7 +1510,11 @@ def check_args(args):
     if args.wandb and not args.evaluate:
         need("wandb", "--wandb")
     if not (args.evaluate or args.resume):
-        check_writable(Path(args.out))
+        out = Path(args.out).absolute()
+        there = next(path for path in (out, *out.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "read-only" if there.is_dir() else "a file"
+            raise UserError(f"--out {args.out} cannot be written: {there} is {why}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -1553,31 +1525,22 @@ def check_args(args):
         torch.cuda.set_device(device)  # streams and graphs belong to the current device
 
 
-def check_writable(out):
-    """Whether folders can be made in `out`, which itself need not be there yet."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
-
-
-def check_resume(saved, args, given):
-    """What a resumed run must keep, and which of its seeds go first."""
-    for name in given.keys() - FREE:
-        was, now = getattr(saved, name), getattr(args, name)
-        if name == "steps" and now < was:
-            raise UserError(f"--steps was {was} in {args.resume}; it can grow, not shrink to {now}")
-        if name != "steps" and was != now:
-            raise UserError(f"{flag(name)} was {was} in {args.resume} and cannot be {now} when it is resumed")
+def check_resume(args, given):
+    """What the seeds of a resumed run must keep and share, and which of them go first."""
     folders = run_folders(args.resume)
     seeds = given.get("seed") or tuple(folders)
     for seed in seeds:
         if seed not in folders:
             raise UserError(f"{args.resume} holds no run of seed {seed}")
-        other = saved_run(folders[seed], type(args), script_of(type(args)))
-        args.steps = max(args.steps, other.steps)
-        kept = vars(saved).keys() - FREE - {"steps", "out"}
-        if changed := [name for name in kept if getattr(saved, name) != getattr(other, name)]:
-            raise UserError(f"the seeds in {args.resume} differ in {flag(changed[0])}: resume each on its own")
+        saved = saved_run(folders[seed], type(args), script_of(type(args)))
+        if "steps" in given and args.steps < saved.steps:
+            raise UserError(f"--steps was {saved.steps} in {folders[seed]}; it can grow, not shrink to {args.steps}")
+        args.steps = max(args.steps, saved.steps)
+        for name in vars(saved).keys() - FREE - {"steps", "" if "out" in given else "out"}:
+            was, now = getattr(saved, name), getattr(args, name)
+            if was != now:
+                rest = "when it is resumed" if name in given else "as for other seeds: resume each on its own"
+                raise UserError(f"{flag(name)} was {was} in {folders[seed]} and cannot be {now} {rest}")
     counts = updates_of({seed: folders[seed] for seed in seeds})
     args.seed = tuple(seed for seed in seeds if counts[seed] == min(counts.values()))
     if len(args.seed) < len(seeds):
@@ -1683,7 +1646,7 @@ def get_state(parts):
 
 
 def set_state(parts, state):
-    """The inverse of `get_state`, in place where the tensors are there, because a CUDA graph knows them by address.
+    """The inverse of `get_state`, in place, because a CUDA graph knows tensors by their address.
 
     False if the state is from another kind of device, whose generators are unlike these, which stay as they are.
     """
@@ -1695,20 +1658,20 @@ def set_state(parts, state):
                 part.set_state(saved.cpu())
             else:
                 same_kind = False
+        elif isinstance(part, torch.optim.Optimizer):  # what belongs to this process (capturable, fused) stays
+            for index, p in enumerate(p for group in part.param_groups for p in group["params"]):
+                slots, old = part.state[p], saved["state"].get(index, {})
+                for key in old.keys() - slots.keys():
+                    slots[key] = torch.empty_like(old[key], device=p.device)
+                for key, slot in slots.items():
+                    slot.copy_(old.get(key, torch.zeros_like(slot)))
+            for group, old in zip(part.param_groups, saved["param_groups"]):
+                tensor = isinstance(group["lr"], torch.Tensor)
+                group["lr"] = group["lr"].copy_(old["lr"]) if tensor else old["lr"]
         elif isinstance(part, torch.Tensor):
             part.data.copy_(saved)
-        elif not isinstance(part, torch.optim.Optimizer):
+        else:
             part.load_state_dict(saved)
-        elif part.state:
-            for index, slots in enumerate(part.state[p] for group in part.param_groups for p in group["params"]):
-                for key, value in slots.items():
-                    value.copy_(saved["state"].get(index, {}).get(key, torch.zeros_like(value)))
-            for group, old in zip(part.param_groups, saved["param_groups"]):
-                group["lr"].copy_(old["lr"])
-        else:  # before its first step
-            own = [{key: group[key] for key in ("capturable", "fused") if key in group} for group in part.param_groups]
-            groups = [group | flags for group, flags in zip(saved["param_groups"], own)]
-            part.load_state_dict(saved | dict(param_groups=groups))
     return same_kind
 
 
@@ -1914,22 +1877,21 @@ class Run:
             self.terminal.open(steps)
         self.restart_clock()
         while self.owed or self.step < steps:
-            saving = evaluating = self.owed  # first of all what a signal cut short
-            if not self.owed:
+            saving = self.owed
+            if not self.owed:  # else first of all the evaluation that a signal cut short
                 yield
                 before, self.step = self.step, self.step + stride
                 self.terminal.count(stride)
                 due = lambda every, before=before: self.step == steps or self.step // every > before // every
-                self.owed = evaluating = evaluate and bool(self.envs) and due(args.eval_every)
-                saving = evaluating or due(args.checkpoint_every) or self.stopping()
+                self.owed = evaluate and bool(self.envs) and due(args.eval_every)
+                saving = self.owed or due(args.checkpoint_every) or self.stopping()
                 if not (saving or due(args.log_every)):
                     continue
                 self.record()
-            if evaluating:
-                self.evaluate()
+            evaluated = self.owed and self.evaluate()
             if self.step == steps and not self.owed:
                 self.complete(at_end)
-            self.terminal.show(evaluating and not self.owed)
+            self.terminal.show(evaluated)
             if saving:
                 self.save()
             if self.stopping():
@@ -1981,7 +1943,7 @@ class Run:
             log.add(row | dict(updates_per_second=count / spent) | values)
 
     def evaluate(self):
-        """Put an evaluation into the last row of every seed's log; a signal drops it."""
+        """Put an evaluation into the last row of every seed's log; a signal drops it. Whether it was made."""
 
         def tick():
             if self.signal:
@@ -1993,7 +1955,7 @@ class Run:
             for learner, seed in zip(self.learners, self.args.seed):
                 found.append(evaluate(policy_of(learner), self.envs, evaluation_seed(seed), tick))
         except Stopped:
-            return
+            return False
         self.owed, self.terminal.evaluation_seconds = False, time.monotonic() - begin
         for log, returns in zip(self.logs, found):
             values = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
@@ -2002,6 +1964,7 @@ class Run:
             log.add_evaluation(values)
         if time.monotonic() - self.drawn > 10:  # seconds: a picture takes about one
             self.draw()
+        return True
 
     def save(self):
         """Checkpoints of all seeds: written beside the old ones first, then renamed, so that a kill costs nothing."""
@@ -2402,10 +2365,10 @@ def summarise(run, rows, seed):
 def print_summary(run, summaries):
     """The closing lines: last evaluation, mean of the last five, best; data and paper; speed, pictures, files."""
     for when in ("last", "last_five", "best"):
-        for key in ("return", "score"):
-            if key in summaries[0]:
-                values = [summary[key][when] for summary in summaries]
-                text = f"{when.replace('_', ' '):<11} {key if key == 'return' else score_name(run.args.env)} {np.mean(values):.1f}"
+        for key, name in (("return", "return"), ("score", score_name(run.args.env))):
+            values = [summary[key][when] for summary in summaries if key in summary]
+            if values:
+                text = f"{when.replace('_', ' '):<11} {name} {np.mean(values):.1f}"
                 if len(values) > 1:
                     each = ", ".join(f"{value:.1f}" for value in values)
                     text += f" ± {np.std(values, ddof=1):.1f} over {len(values)} seeds ({each})"

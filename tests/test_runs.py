@@ -599,7 +599,9 @@ def test_seeds_with_different_settings_are_not_resumed_together(tmp_path, monkey
     for seed, lr in ((0, 1.0), (1, 2.0)):
         run, learners = make_run(tmp_path, seed=(seed,), lr=lr)
         train(run, learners, 20)
-    with pytest.raises(UserError, match="differ in --lr: resume each on its own"):
+    with pytest.raises(
+        UserError, match="--lr was 2.0 in .*seed1 and cannot be 1.0 as for other seeds: resume each on its own"
+    ):
         parsed(monkeypatch, "--resume", run.root)
 
 
