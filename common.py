@@ -83,7 +83,7 @@ SERVERS = (  # asked in this order; the mirror keeps all files in one folder
     "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
 )
 
-# Dataset, size in bytes, size of the older edition if there was one, SHA-256 of the newer edition.
+# Dataset, size in bytes, size of the older edition where a file was replaced, SHA-256 of the newer.
 # Source: the checksum lists of TensorFlow Datasets.
 KNOWN_FILES = """
 hopper-random-v2 152525345 139446977 63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054
@@ -1713,7 +1713,7 @@ def same_settings(folder, theirs, ours, names):
     """
     text = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value
     changed = [
-        "other data" if name == "fingerprint" else f"--{name.replace('_', '-')} {text(theirs.get(name))}"
+        "other data" if name == "fingerprint" else f"{flag(name)} {text(theirs.get(name))}"
         for name in names
         if theirs.get(name) != ours[name]
     ]
