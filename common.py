@@ -710,18 +710,15 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
             return False
         print(f"{env}: {np.count_nonzero(jump)} episodes end without a mark, as their next_observations show")
     if rule is not None:
-        raw["timeout"] = np.asarray(rule(terminal), bool) | jump
-    elif "timeout" in raw or jump.any():
-        raw["timeout"] = raw.get("timeout", False) | jump
-    elif env in DATASETS and env.split("-")[0] in GYM_IDS:
-        raise UserError(
-            f"{env}: the file has no timeouts, which every original has: without them episodes run together"
-        )
-    else:
-        raw["timeout"] = count_timeouts(terminal, horizon) if horizon else np.zeros_like(terminal)
+        raw["timeout"] = np.asarray(rule(terminal), bool)
+    elif "timeout" not in raw and not jump.any():
+        if env in DATASETS and env.split("-")[0] in GYM_IDS:
+            raise UserError(f"{env}: the file has no timeouts, but every original has: else episodes run together")
+        raw["timeout"] = count_timeouts(terminal, horizon) if horizon else jump
         guess = f"a time limit is assumed every {horizon} steps" if horizon else "no time limits are assumed"
         episodes = np.count_nonzero(terminal | raw["timeout"])
         print(f"{env}: the file has no timeouts, so terminals end the task; {guess} ({episodes} complete episodes)")
+    raw["timeout"] = raw.get("timeout", False) | jump
     return True
 
 
