@@ -72,7 +72,7 @@ States are z-scored, since the chain starts from N(0, I). Without critics (--sbc
 
 To lift this file out: bring your own `load_dataset` (`rows` and `split`, which names their six columns as in `Batch`;
 `episode` [N], an index that changes where an episode ends; `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`,
-`capture`, `Metrics`; the README has 20 lines.
+`capture`, `Metrics`; see tests/lifted.
 """
 
 import copy
@@ -111,24 +111,24 @@ class Args(RunArgs):
     batch_size: int = 1024
 
     # ReBRAC-SBC
-    corrected: bool = False  # Without the slips of the author's code: differences 2 and 10 to 14.
-    sbc_only: bool = False  # Imitation alone: no critics, no L_Q (App. C).
-    rebrac: bool = False  # ReBRAC as its own authors run it, without a BDM.
-    bdm_only: str | None = None  # Train the BDM alone: of the policy in the `data`, or of a run's, by its folder.
-    gamma: float = 0.99  # Discount, of rewards and of future states.
-    tau: float = 0.005  # Rate of all target networks.
-    actor_lr: float = 1e-3  # lr_pi in Table 4.
-    bdm_lr: float = 1e-3  # lr_diffusion in Table 4.
-    critic_lr: float = 1e-3  # Learning rate of the critics.
-    w_a: float = 0.01  # Weight of cloning actions, Table 4.
-    w_s: float = 0.01  # Weight of cloning states, Table 4; w_s^2 multiplies L_s (difference 1). 0: no BDM.
-    eta: Literal["code", "uniform", "paper"] = "code"  # eta_i, weight of noise level i in L_s.
-    actor_bdm: Literal["target", "online"] = "target"  # The BDM that L_s reads.
-    num_futures: int = 16  # Future states per row in L_s.
-    critic_bc: float = 0.01  # beta_c, weight of ReBRAC's penalty in the critics' target.
-    reward_scale: float = 1.0  # Multiplies every reward (ReBRAC on AntMaze: 100).
-    hidden: int = 256  # Width of actor and critics.
-    bdm_hidden: int = 512  # Width of the BDM.
+    corrected: bool = False  # Without the slips of the author's code: differences 2 and 10 to 14
+    sbc_only: bool = False  # Imitation alone: no critics, no L_Q (App. C)
+    rebrac: bool = False  # ReBRAC as its own authors run it, without a BDM
+    bdm_only: str | None = None  # Train the BDM alone: of the policy in the `data`, or of a run's, by its folder
+    gamma: float = 0.99  # Discount, of rewards and of future states
+    tau: float = 0.005  # Rate of all target networks
+    actor_lr: float = 1e-3  # lr_pi in Table 4
+    bdm_lr: float = 1e-3  # lr_diffusion in Table 4
+    critic_lr: float = 1e-3  # Learning rate of the critics
+    w_a: float = 0.01  # Weight of cloning actions, Table 4
+    w_s: float = 0.01  # Weight of cloning states, Table 4; w_s^2 multiplies L_s (difference 1). 0: no BDM
+    eta: Literal["code", "uniform", "paper"] = "code"  # eta_i, weight of noise level i in L_s
+    actor_bdm: Literal["target", "online"] = "target"  # The BDM that L_s reads
+    num_futures: int = 16  # Future states per row in L_s
+    critic_bc: float = 0.01  # beta_c, weight of ReBRAC's penalty in the critics' target
+    reward_scale: float = 1.0  # Multiplies every reward (ReBRAC on AntMaze: 100)
+    hidden: int = 256  # Width of actor and critics
+    bdm_hidden: int = 512  # Width of the BDM
 
 
 def table4(w_a0, critic_bc, w_sa, omega, w_q, paper_score):
@@ -204,7 +204,10 @@ def mlp(sizes, activation, linear=nn.Linear, norm=None):
 
 
 class EnsembleLinear(nn.Module):
-    """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out], initialised like nn.Linear."""
+    """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out], initialised like nn.Linear.
+
+    A shorter input, [m, B, d_in], goes through the first m layers; so too below.
+    """
 
     def __init__(self, n, d_in, d_out):
         super().__init__()
@@ -213,7 +216,7 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, d_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.baddbmm(self.bias[: len(x)], x, self.weight[: len(x)])
 
 
 class EnsembleLayerNorm(nn.Module):
@@ -226,20 +229,21 @@ class EnsembleLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.bias[: len(x)], x, self.weight[: len(x)])
 
 
 class Critic(nn.Module):
-    """Q1 and Q2: obs [B, S], action [B, A] -> [2, B]."""
+    """Q1 and Q2, or Q1 alone: obs [B, S], action [B, A] -> [members, B]."""
 
     def __init__(self, obs_dim, action_dim, hidden, eps=1e-5):
         super().__init__()
         sizes = [obs_dim + action_dim, hidden, hidden, hidden, 1]
         self.net = mlp(sizes, nn.ReLU, partial(EnsembleLinear, 2), partial(EnsembleLayerNorm, 2, eps=eps))
 
-    def forward(self, obs, action):
+    def forward(self, obs, action, members=2):
         x = torch.cat([obs, action], dim=-1)
-        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+        return self.net(x.expand(members, *x.shape)).squeeze(-1)
 
 
 class Actor(nn.Module):
@@ -518,8 +522,7 @@ class BDM:
 
         # L_Q: up Q, scaled
         if self.has_critic:
-            q = self.critic(batch.obs, action)
-            q = q.amin(0) if args.rebrac else q[0]
+            q = self.critic(batch.obs, action, members=2 if args.rebrac else 1).amin(0)
             actor_loss = actor_loss - q.mean() / q.abs().mean().detach()
 
         self.actor_opt.zero_grad()

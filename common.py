@@ -990,8 +990,8 @@ class FlatEnv(gymnasium.Wrapper):
         try:
             obs, info = self.env.reset(**kwargs)
             return self._flat(obs), info
-        except (TypeError, ValueError) as error:
-            raise self._misfit("reset", error) from error
+        except Exception as error:  # whatever its code raises
+            raise self._failed("reset", error) from error
 
     def step(self, action):
         # Clipping comes first: MuJoCo clips the torque, but the control cost would see the larger action.
@@ -1000,8 +1000,8 @@ class FlatEnv(gymnasium.Wrapper):
             obs, *rest, info = self.env.step(action)
             reward, terminated, truncated = (x.item() if hasattr(x, "item") else x for x in rest)  # arrays or tensors
             return self._flat(obs), float(reward), bool(terminated), bool(truncated), info
-        except (TypeError, ValueError) as error:
-            raise self._misfit("step", error) from error
+        except Exception as error:
+            raise self._failed("step", error) from error
 
     def _flat(self, obs):
         flat = spaces.flatten(self.env.observation_space, obs).astype(np.float32)
@@ -1009,9 +1009,9 @@ class FlatEnv(gymnasium.Wrapper):
             raise ValueError(f"{flat.size} numbers in an observation of the space {self.env.observation_space}")
         return flat
 
-    def _misfit(self, method, error):
-        what = f"{type(error).__name__}: {reason(error)}"
-        return UserError(f"{self.name} does not keep to Gymnasium's rules in {method}: {what}")
+    def _failed(self, method, error):
+        hint = " (Gymnasium's rules?)" if isinstance(error, TypeError | ValueError) else ""
+        return UserError(f"{self.name} failed in {method}: {type(error).__name__}: {reason(error)}{hint}")
 
 
 def on_mujoco_warning(text):
@@ -1235,7 +1235,8 @@ def evaluate(act, envs, seed, tick=lambda: None):
         finite = np.isfinite(action).all(axis=1)
         if not finite.all():
             bad = live[~finite][0]
-            raise RunError(f"the policy gave an action that is not finite at step {step} in environment {bad}")
+            what = "the policy gave an action" if np.isfinite(obs[bad]).all() else "the environment gave an observation"
+            raise RunError(f"{what} that is not finite at step {step} in environment {bad}")
         for i, a in zip(live, action):
             obs[i], reward, terminated, truncated, _ = envs[i].step(a)
             returns[i] += reward
@@ -2223,13 +2224,14 @@ class Log:
 
 
 def read_csv(path):
-    """Rows of a metrics.csv: phase as text, counts as ints, all else as floats; empty cells left out."""
-    if not path.exists():
-        return []
-    kinds = dict(phase=str, step=int, total=int)
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: kinds.get(name, float)(text) for name, text in row.items() if text} for row in rows]
+    """Rows of a metrics.csv: phase as text, counts as ints, else floats; empty cells and damaged rows are left out."""
+    rows, kinds = [], dict(phase=str, step=int, total=int)
+    if path.exists():
+        with open(path, newline="", errors="replace") as file:
+            for row in csv.DictReader(file):
+                with contextlib.suppress(ValueError, TypeError):
+                    rows.append({name: kinds.get(name, float)(text) for name, text in row.items() if text})
+    return [row for row in rows if row.keys() > kinds.keys()]
 
 
 def start_wandb(folder, seed, run):
@@ -2405,14 +2407,15 @@ def draw_curve(path, rows_of_seeds, run, who):
     figure.suptitle(f"{run.script.stem} on {run.root.name}, {who}")
     left, right = figure.subplots(1, 2)
     key = "score" if any("score" in row for row in rows_of_seeds[0]) else "return"
-    curves = [[(row["total"], row[key], row[f"{key}_std"]) for row in rows if key in row] for rows in rows_of_seeds]
-    total, values, spread = np.array(curves).transpose(2, 0, 1)  # [seeds, evaluations]
-    mean, band, over = values.mean(0), spread[0], "episodes"
+    curves = [{row["total"]: (row[key], row[f"{key}_std"]) for row in rows if key in row} for rows in rows_of_seeds]
+    total = sorted(set.intersection(*map(set, curves)))  # seeds may have gone on alone for a while
+    values, spread = np.array([[curve[at] for at in total] for curve in curves]).reshape(-1, len(total), 2).T
+    mean, band, over = values.mean(1), spread[:, 0], "episodes"
     if len(curves) > 1:
-        band, over = values.std(0, ddof=1), "seeds"
-        left.plot(total.T, values.T, color="C0", alpha=0.3)
-    left.plot(total[0], mean, ".-", color="C0", label="mean of the seeds" if len(curves) > 1 else "policy")
-    left.fill_between(total[0], mean - band, mean + band, color="C0", alpha=0.2, label=f"± one deviation over {over}")
+        band, over = values.std(1, ddof=1), "seeds"
+        left.plot(total, values, color="C0", alpha=0.3)
+    left.plot(total, mean, ".-", color="C0", label="mean of the seeds" if len(curves) > 1 else "policy")
+    left.fill_between(total, mean - band, mean + band, color="C0", alpha=0.2, label=f"± one deviation over {over}")
     if len(run.data.episode_returns):
         behavior = run.data.episode_returns if key == "return" else score(run.args.env, run.data.episode_returns)
         left.axhline(np.mean(behavior), color="grey", linestyle="--", label="mean of the data")

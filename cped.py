@@ -61,7 +61,7 @@ in all. Eq. 5 (Prop. 3.1: Eq. 4 as inverse RL) only argues.
     of phase 1, and type 300,000                            other schedules and two couplings: not followed
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; the README has 20 lines.
+`Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
 """
 
 import copy
@@ -97,33 +97,33 @@ from common import (
 @dataclass
 class Args(RunArgs):
     # CPED
-    behavior_steps: int = 500_000  # Updates of the discriminator in the first phase, with a fifth as many of the flow.
-    critic_start: int = 30_000  # Update of the second phase from which the critics learn.
-    q_start: int = 50_000  # Update of the second phase from which the actor climbs Q (t_Q).
-    gamma: float = 0.99  # Discount.
-    behavior_lr: float = 1e-4  # Learning rate of flow and discriminator.
-    critic_lr: float = 3e-4  # Learning rate of Q.
-    actor_lr: float = 1e-4  # Learning rate of the actor.
-    tau: float = 0.005  # Rate of the target networks (kappa in Alg. 1).
-    policy_delay: int = 2  # Critic updates for each update of actor and targets.
-    target_noise: float = 0.2  # Standard deviation of the noise on target actions.
-    noise_clip: float = 0.5  # Largest noise on target actions (c in Alg. 1).
-    # Weight of the density constraint from a table, or by dual gradient descent (Alg. 1).
+    behavior_steps: int = 500_000  # Updates of the discriminator in the first phase, with a fifth as many of the flow
+    critic_start: int = 30_000  # Update of the second phase from which the critics learn
+    q_start: int = 50_000  # Update of the second phase from which the actor climbs Q (t_Q)
+    gamma: float = 0.99  # Discount
+    behavior_lr: float = 1e-4  # Learning rate of flow and discriminator
+    critic_lr: float = 3e-4  # Learning rate of Q
+    actor_lr: float = 1e-4  # Learning rate of the actor
+    tau: float = 0.005  # Rate of the target networks (kappa in Alg. 1)
+    policy_delay: int = 2  # Critic updates for each update of actor and targets
+    target_noise: float = 0.2  # Standard deviation of the noise on target actions
+    noise_clip: float = 0.5  # Largest noise on target actions (c in Alg. 1)
+    # Weight of the density constraint from a table, or by dual gradient descent (Alg. 1)
     alpha_mode: Literal["schedule", "dual"] = "schedule"
-    # Weight of the density constraint, one value for each stretch of --steps; dual: the last is where it starts.
+    # Weight of the density constraint, one value for each stretch of --steps; dual: the last is where it starts
     alpha: tuple[float, ...] = (1000.0, 10.0, 7.5, 5.0, 2.5, 1.5)
-    # Fractions of --steps at which alpha goes to its next value (schedule).
+    # Fractions of --steps at which alpha goes to its next value (schedule)
     alpha_until: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
-    alpha_lr: float = 1e-3  # Step of dual gradient descent on alpha (dual).
-    epsilon: float | None = None  # Largest -log density allowed, Eq. 7 (dual); none: that of the data's own action.
-    density: Literal["joint", "conditional"] = "joint"  # Model p(s, a) or p(a | s).
-    discriminator_steps: int = 5  # Discriminator updates for each update of the flow (r in Alg. 1).
-    gan_weight: float = 1.0  # Weight of the GAN loss beside the likelihood (1 / lambda in Eq. 4).
-    gp_weight: float = 0.5  # Weight of the gradient penalty.
-    hidden: int = 256  # Width of critics and actor.
-    behavior_hidden: int = 750  # Width of the flow's networks.
-    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1, unless rewards are 0 and -1 already).
-    use_timeouts: bool = False  # On the paper's datasets: the file's time limits, not every 1000th row (difference 12).
+    alpha_lr: float = 1e-3  # Step of dual gradient descent on alpha (dual)
+    epsilon: float | None = None  # Largest -log density allowed, Eq. 7 (dual); none: that of the data's own action
+    density: Literal["joint", "conditional"] = "joint"  # Model p(s, a) or p(a | s)
+    discriminator_steps: int = 5  # Discriminator updates for each update of the flow (r in Alg. 1)
+    gan_weight: float = 1.0  # Weight of the GAN loss beside the likelihood (1 / lambda in Eq. 4)
+    gp_weight: float = 0.5  # Weight of the gradient penalty
+    hidden: int = 256  # Width of critics and actor
+    behavior_hidden: int = 750  # Width of the flow's networks
+    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1, unless rewards are 0 and -1 already)
+    use_timeouts: bool = False  # On the paper's datasets: the file's time limits, not every 1000th row (difference 12)
 
 
 def maze(behavior_steps, alpha_until):

@@ -57,7 +57,7 @@ maximises) and 9 (SDS, not used) only argue.
                                                             A the number of action dimensions
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; the README has 20 lines.
+`Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
 """
 
 import copy
@@ -90,24 +90,24 @@ from common import (
 @dataclass
 class Args(RunArgs):
     # DTQL
-    pretrain_steps: int = 50_000  # Head start of behaviour model and critics, in updates.
-    gamma: float = 0.99  # Discount.
-    behavior_lr: float = 3e-4  # Learning rate of the diffusion models (Table 4).
-    actor_lr: float = 3e-4  # Learning rate of the actor (Table 4).
-    critic_lr: float = 3e-4  # Learning rate of Q and V.
-    lr_decay: bool = False  # Cosine decay of all learning rates to zero over --steps (Table 4).
-    tau: float = 0.005  # Rate of the target critic.
-    expectile: float = 0.7  # tau in Eq. 6.
-    alpha: float = 5.0  # Weight of the trust region, Eq. 5.
-    nll_weight: float = 0.0  # w_nll, weight of the likelihood of the data's actions, Sec. 2.4.
-    behavior_reg: Literal["tr", "kl"] = "tr"  # Trust region (Eq. 4) or Kullback-Leibler divergence (Eq. 8, App. C).
-    clip_denoised: bool = True  # Clamp denoised actions to the action box in the diffusion losses.
-    hidden: int = 256  # Width of critics and actor.
-    behavior_hidden: int = 256  # Width of the diffusion networks.
-    time_dim: int = 16  # Size of the noise-level embedding.
-    candidates: int = 1024  # Actions to choose from when acting (N in Sec. 4).
-    eval_select: Literal["softmax", "argmax"] = "softmax"  # Choice among candidates by their target Q.
-    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1, unless rewards are 0 and -1 already).
+    pretrain_steps: int = 50_000  # Head start of behaviour model and critics, in updates
+    gamma: float = 0.99  # Discount
+    behavior_lr: float = 3e-4  # Learning rate of the diffusion models (Table 4)
+    actor_lr: float = 3e-4  # Learning rate of the actor (Table 4)
+    critic_lr: float = 3e-4  # Learning rate of Q and V
+    lr_decay: bool = False  # Cosine decay of all learning rates to zero over --steps (Table 4)
+    tau: float = 0.005  # Rate of the target critic
+    expectile: float = 0.7  # tau in Eq. 6
+    alpha: float = 5.0  # Weight of the trust region, Eq. 5
+    nll_weight: float = 0.0  # w_nll, weight of the likelihood of the data's actions, Sec. 2.4
+    behavior_reg: Literal["tr", "kl"] = "tr"  # Trust region (Eq. 4) or Kullback-Leibler divergence (Eq. 8, App. C)
+    clip_denoised: bool = True  # Clamp denoised actions to the action box in the diffusion losses
+    hidden: int = 256  # Width of critics and actor
+    behavior_hidden: int = 256  # Width of the diffusion networks
+    time_dim: int = 16  # Size of the noise-level embedding
+    candidates: int = 1024  # Actions to choose from when acting (N in Sec. 4)
+    eval_select: Literal["softmax", "argmax"] = "softmax"  # Choice among candidates by their target Q
+    reward_offset: float = 0.0  # Added to every reward (AntMaze: -1, unless rewards are 0 and -1 already)
 
 
 def table4(lr, alpha, expectile, nll_weight, lr_decay, epochs, score, **more):

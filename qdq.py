@@ -64,7 +64,7 @@ more for actions far from the data (but see difference 13). Where they spread mo
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
 `Batch`, the same fields of all rows in order, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`,
-`capture`, `Metrics`; the README has 20 lines.
+`capture`, `Metrics`; see tests/lifted.
 """
 
 import copy

@@ -358,13 +358,15 @@ def method(name, function):
         (method("step", lambda self, a: (np.zeros(3), 1.0, False, {})), "step: ValueError: not enough values"),
         (method("step", lambda self, a: (np.zeros(3), np.ones(2), False, False, {})), "step: ValueError: can only"),
         (method("step", lambda self, a: (np.zeros(3), None, False, False, {})), "step: TypeError: float"),
+        (method("step", lambda self, a: 1 / 0), "step: ZeroDivisionError: division by zero"),
     ],
 )
 def test_rules_of_gymnasium(monkeypatch, cls, words):
     """Known before the training, and in one sentence."""
-    with pytest.raises(common.UserError, match=f"Own-v0 does not keep to Gymnasium's rules in .*{words}") as caught:
+    with pytest.raises(common.UserError, match=f"Own-v0 failed in .*{words}") as caught:
         common.judge_spaces(own(monkeypatch, cls))
-    assert "\n" not in str(caught.value) and "--eval-episodes 0" in str(caught.value)
+    text = str(caught.value)
+    assert "\n" not in text and "--eval-episodes 0" in text and ("Gymnasium's rules?" in text) == ("Zero" not in text)
     assert common.judge_spaces("Own-v0", needed=False) == (None, None, None)
 
 
@@ -757,6 +759,13 @@ def test_action_that_is_not_finite(bad):
     with pytest.raises(common.RunError, match="not finite at step 1 in environment 2") as caught:
         common.evaluate(act, envs, seed=0)
     assert caught.value.code == 1
+
+
+def test_observation_that_is_not_finite():
+    env = Counter(0, 9, 1.0)
+    env.step = lambda action: (np.full(2, np.nan), 0.0, False, False, {})
+    with pytest.raises(common.RunError, match="the environment gave an observation that is not finite at step 1"):
+        common.evaluate(lambda obs: obs, [env], seed=0)
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (1, 2), (3, 2, 1)])

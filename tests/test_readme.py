@@ -25,11 +25,10 @@ def run(command, folder):
 
 
 def test_a_lifted_script_runs_with_the_twenty_lines(tmp_path):
-    code = block("class Data")
+    code = (ROOT / "tests/lifted/common.py").read_text().split('"""', 2)[2]
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
-    (tmp_path / "common.py").write_text(code)
-    (tmp_path / "my_training.py").write_text(block("from common import Data"))
-    shutil.copy(ROOT / "dtql.py", tmp_path)
+    for file in ("tests/lifted/common.py", "tests/lifted/my_training.py", "dtql.py"):
+        shutil.copy(ROOT / file, tmp_path)
     result = run(["my_training.py"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "tensor([[" in result.stdout and "actor_loss" in result.stdout
@@ -37,7 +36,7 @@ def test_a_lifted_script_runs_with_the_twenty_lines(tmp_path):
 
 def test_every_script_lifts(tmp_path):
     """Each script imports and builds its learner on the twenty lines, and nothing else of this project."""
-    (tmp_path / "common.py").write_text(block("class Data"))
+    shutil.copy(ROOT / "tests/lifted/common.py", tmp_path)
     for name in LEARNERS:
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     code = f"""

@@ -595,6 +595,38 @@ def test_seeds_that_stand_apart_resume_each_from_its_own(tmp_path, monkeypatch, 
     assert weights == {seed: 1100 for seed in range(4)}
 
 
+def test_seeds_that_were_evaluated_apart_share_a_picture(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, seed=(0, 1), eval_episodes=1, eval_every=50)
+    train(run, learners, 100, evaluate=True)
+    run.finish()
+    for place, steps in (("seed0", 120), ("", 150)):
+
+        def main(place=run.root / place, steps=steps):
+            run, learners = resumed(monkeypatch, "--resume", place, "--steps", str(steps))
+            train(run, learners, steps, evaluate=True)
+            run.finish()
+
+        common.cli(main)
+    found = [
+        [row["total"] for row in common.read_csv(run.root / f"seed{k}/metrics.csv") if "return" in row] for k in (0, 1)
+    ]
+    assert found == [[50, 100, 120, 150], [50, 100, 150]]
+    assert (run.root / "curve.png").stat().st_mtime >= (run.root / "seed1/curve.png").stat().st_mtime
+
+
+@pytest.mark.parametrize("damage", ["update,20,3", "\0\0\0,,", "\xff"])
+def test_a_damaged_row_of_the_log_is_left_out(tmp_path, monkeypatch, damage):
+    run, learners = make_run(tmp_path)
+    train(run, learners, 20)
+    path = run.place / "metrics.csv"
+    rows = common.read_csv(path)
+    path.write_text(path.read_text() + damage, encoding="latin-1")
+    assert common.read_csv(path) == rows
+    run, learners = resumed(monkeypatch, "--resume", run.place)
+    train(run, learners, 30)
+    assert common.read_csv(path)[-1]["total"] == 30
+
+
 def test_seeds_with_different_settings_are_not_resumed_together(tmp_path, monkeypatch):
     for seed, lr in ((0, 1.0), (1, 2.0)):
         run, learners = make_run(tmp_path, seed=(seed,), lr=lr)

@@ -137,23 +137,26 @@ def markdown(table):
 
 
 def draw(tables, path):
-    """A panel for each dataset: a bar for each method, the data and the clone as lines, one colour for one thing."""
-    envs = [env for env in SETS if any(env in table for table in tables.values())]
-    figure = Figure(figsize=(4.5 * len(envs), 3.6), layout="constrained")
+    """A panel for each dataset, a bar for each method with its lowest and highest seed, data and clone as lines."""
+    envs = [env for env in SETS if env in tables.get(None, {})]
+    names = [method for method in METHODS if method != "bc"]
+    figure = Figure(figsize=(4.5 * len(envs), 4), layout="constrained")
     for axes, env in zip(figure.subplots(1, len(envs), squeeze=False)[0], envs):
-        names = [method for method in METHODS if any(method in table.get(env, {}) for table in tables.values())]
         for k, (rows, table) in enumerate(tables.items()):
-            for x, method in enumerate(names):
-                if runs := table.get(env, {}).get(method):
-                    means = [run["score"]["last_five"] for run in runs]
-                    low, high = np.mean(means) - np.min(means), np.max(means) - np.mean(means)
-                    label = None if x else rows or "the paper's settings for this kind of data"
-                    axes.bar(x + 0.4 * k, np.mean(means), 0.38, color=f"C{k}", yerr=[[low], [high]], label=label)
-        one = next(iter(next(table[env] for table in tables.values() if env in table).values()))[0]
-        axes.axhline(one["data_score"], color="black", linestyle="--", label="mean of the data")
-        axes.set_xticks(range(len(names)), names, rotation=45)
+            runs = {x: table[env][name] for x, name in enumerate(names) if name in table.get(env, {})}
+            found = [[run["score"]["last_five"] for run in seeds] for seeds in runs.values()]
+            mean = np.array([np.mean(values) for values in found])
+            spread = [mean - [min(values) for values in found], [max(values) for values in found] - mean]
+            label = f"settings for {rows or 'this kind of'} data"
+            axes.bar(np.array(list(runs)) + 0.4 * k, mean, 0.38, color=f"C{k}", yerr=spread, label=label)
+        found = tables[None][env]
+        axes.axhline(next(iter(found.values()))[0]["data_score"], color="black", linestyle="--", label="the data")
+        if "bc" in found:
+            clone = np.mean([run["score"]["last_five"] for run in found["bc"]])
+            axes.axhline(clone, color="black", linestyle=":", label="behaviour cloning")
+        axes.set_xticks(np.arange(len(names)) + 0.2, names, rotation=45)
         axes.set(title=Path(SETS[env]).stem, ylabel="D4RL score, mean of the last five")
-        axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=100)
 
 

@@ -1,9 +1,12 @@
-"""One update of ReBRAC and of DTQL on the CPU: the scripts' against the way such code is usually written.
+"""One update on the CPU: the scripts' against the way such code is usually written in PyTorch, and in JAX.
 
     python tests/benchmarks/straightforward.py    # the papers' sizes and the small built-in ones, 1 and 2 threads
+    taskset -c 0 python tests/benchmarks/straightforward.py --jax    # ReBRAC and DAC beside JAX (pip install jax)
 
 "Usual" means: two critics as two modules called in turn, torch's default Adam, targets moved in a Python loop, batches
 gathered column by column with numpy's indices, and losses read as numbers in every update. The mathematics is the same.
+--jax (`jax_peers.py`): first both compute the same update in float64, then milliseconds of CPU time for one update.
+Results of both: README.md, "Speed".
 """
 
 import copy
@@ -21,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from speed import random_dataset  # noqa: E402
 
 import bdm_rebrac_sbc  # noqa: E402
+import dac  # noqa: E402
 import dtql  # noqa: E402
 from common import Batch  # noqa: E402
 
@@ -120,23 +124,58 @@ class UsualDTQL(Usual):
         self.move_targets()
 
 
-def rates(*steps, seconds=3.0, windows=5):
+def rates(*steps, seconds=3.0, windows=5, clock=time.perf_counter, of_windows=median):
     """Calls per second of each function, medians; they take turns, so that a busy machine slows all of them."""
     found = [[] for _ in steps]
     for step in steps:
         step()
     for _ in range(windows):
         for rate, step in zip(found, steps):
-            start, calls = time.perf_counter(), 0
-            while time.perf_counter() - start < seconds / windows:
+            start, calls = clock(), 0
+            while clock() - start < seconds / windows:
                 step()
                 calls += 1
-            rate.append(calls / (time.perf_counter() - start))
-    return [median(rate) for rate in found]
+            rate.append(calls / (clock() - start))
+    return [of_windows(rate) for rate in found]
+
+
+def beside_jax(data):
+    """ReBRAC and DAC on one thread beside their JAX peers: CPU time, the best of some windows."""
+    try:
+        import jax
+        import jax_peers
+    except ImportError as error:
+        sys.exit(f"--jax needs `pip install jax` ({error})")
+    torch.set_num_threads(1)
+    few = dict(critics=4, next_samples=1, actor_ema_every=1)  # as on the built-in data
+
+    def pairs(size, **more):
+        args = bdm_rebrac_sbc.Args(device="cpu", w_s=0.0, **more)
+        yield f"ReBRAC {size}", jax_peers.ReBRAC(args, data, bdm_rebrac_sbc.BDM(args, data, 0))
+        args = dac.Args(device="cpu", actor_ema_start=-1, **more, **(few if more else {}))
+        yield f"DAC {size}", jax_peers.DAC(args, data, dac.DAC(args, data, 0))
+
+    def in_double(double):
+        torch.set_default_dtype(torch.float64 if double else torch.float32)
+        jax.config.update("jax_enable_x64", double)
+        data.rows = data.rows.to(torch.get_default_dtype())
+
+    in_double(True)
+    for name, peer in pairs("64 wide", hidden=64, batch_size=128):
+        gap = peer.difference()
+        print(f"{name}: parameters after an update differ from the peer's by {gap:.0e} at most", flush=True)
+        assert gap < 1e-10
+    in_double(False)
+    for name, peer in [*pairs("paper"), *pairs("64 wide", hidden=64, batch_size=128)]:
+        found = rates(peer.ours.update, peer.update, seconds=6, windows=6, clock=time.process_time, of_windows=max)
+        ours, theirs = (1e3 / rate / peer.turns for rate in found)
+        print(f"{name}: {ours:6.2f} ms, JAX {theirs:6.2f}, {ours / theirs:.2f} times", flush=True)
 
 
 def main():
     data = random_dataset("random", 100_000, 17, 6)
+    if "--jax" in sys.argv[1:]:
+        return beside_jax(data)
     small = dict(hidden=64, batch_size=128)
     for threads in (1, 2):
         torch.set_num_threads(threads)
