@@ -36,7 +36,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import gymnasium
 import h5py
@@ -45,7 +45,8 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from gymnasium import spaces
-from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+from gymnasium.envs.mujoco.ant_v5 import AntEnv
+from gymnasium.envs.mujoco.mujoco_env import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
@@ -82,7 +83,7 @@ SERVERS = (  # asked in this order; the mirror keeps all files in one folder
     "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
 )
 
-# Dataset, size in bytes, size of the older edition (the v2 files were replaced once), SHA-256 of the newer edition.
+# Dataset, size in bytes, size of the older edition where a file was replaced, SHA-256 of the newer.
 # Source: the checksum lists of TensorFlow Datasets.
 KNOWN_FILES = """
 hopper-random-v2 152525345 139446977 63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054
@@ -100,21 +101,21 @@ walker2d-medium-v2 232254996 216994829 cf00f43add04c17fdfc2958dd581dea0851b2e5be
 walker2d-medium-replay-v2 86323963 88471563 e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db
 walker2d-medium-expert-v2 462197079 431922429 6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04
 walker2d-expert-v2 230567195 215544301 2985dc3d436a8baa10e8f43f946fe1d7c6337a4e4fbc65def70618093b18c59a
-antmaze-umaze-v0 232533093 - 188838316eab5882fa0e1dc8398b5e79772f64f27f0b78d6aebe838402a720c6
-antmaze-umaze-diverse-v0 230854793 - 4aff7f77b97a8dd62e513cac8f57da7cdb458cfac7ac0cec3081b7765f2da59d
-antmaze-medium-play-v0 231110993 - 527385c14b87892e8c222c43246546d6cd461fa2a5476d0b3b105ae422b7637c
-antmaze-medium-diverse-v0 231095454 - b77764cac90c23e09905539c49ceb3949b49c5b39eb9d51788cc64b9dd0a2c0d
-antmaze-large-play-v0 230880846 - e37afef5b80b968b30cad2682f9a93ee1b400e3b58c7a7f45e7d425d03a2b03d
-antmaze-large-diverse-v0 231183929 - dda7acbdde1a94a14aa7b06a7e5d8141e60a03ccdc4578bff34b0444425bf11d
-antmaze-umaze-v2 232532949 - 5ef15257771c50ef4d23c7de001750e96c8bb5d9b6a5e4a821dcfb3065fbd130
-antmaze-umaze-diverse-v2 230854272 - c771dd63963cd7d9f55f24a6d809064f6b82250a6aeac4c9d13f9a1d06e8c932
-antmaze-medium-play-v2 231110764 - c9fec1c1daad97c71d61bd47f4ccc9f74faa855b8a2d2e8107d5378018827e5b
-antmaze-medium-diverse-v2 231095166 - ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7
-antmaze-large-play-v2 230880653 - 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471
-antmaze-large-diverse-v2 231183710 - 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
-pen-human-v1 2040573 - 209e345b2150b633f30a11612612c60f49e941f127ce6c4dc0cd790501c46f9f
-pen-cloned-v1 155074191 - 6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22
-pen-expert-v1 262040663 - 3791b8ca6a802061770af2977c051ac3ae261488210ce73788760a5b8308f374
+antmaze-umaze-v0 232533093 188838316eab5882fa0e1dc8398b5e79772f64f27f0b78d6aebe838402a720c6
+antmaze-umaze-diverse-v0 230854793 4aff7f77b97a8dd62e513cac8f57da7cdb458cfac7ac0cec3081b7765f2da59d
+antmaze-medium-play-v0 231110993 527385c14b87892e8c222c43246546d6cd461fa2a5476d0b3b105ae422b7637c
+antmaze-medium-diverse-v0 231095454 b77764cac90c23e09905539c49ceb3949b49c5b39eb9d51788cc64b9dd0a2c0d
+antmaze-large-play-v0 230880846 e37afef5b80b968b30cad2682f9a93ee1b400e3b58c7a7f45e7d425d03a2b03d
+antmaze-large-diverse-v0 231183929 dda7acbdde1a94a14aa7b06a7e5d8141e60a03ccdc4578bff34b0444425bf11d
+antmaze-umaze-v2 232532949 5ef15257771c50ef4d23c7de001750e96c8bb5d9b6a5e4a821dcfb3065fbd130
+antmaze-umaze-diverse-v2 230854272 c771dd63963cd7d9f55f24a6d809064f6b82250a6aeac4c9d13f9a1d06e8c932
+antmaze-medium-play-v2 231110764 c9fec1c1daad97c71d61bd47f4ccc9f74faa855b8a2d2e8107d5378018827e5b
+antmaze-medium-diverse-v2 231095166 ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7
+antmaze-large-play-v2 230880653 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471
+antmaze-large-diverse-v2 231183710 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
+pen-human-v1 2040573 209e345b2150b633f30a11612612c60f49e941f127ce6c4dc0cd790501c46f9f
+pen-cloned-v1 155074191 6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22
+pen-expert-v1 262040663 3791b8ca6a802061770af2977c051ac3ae261488210ce73788760a5b8308f374
 """
 UNKNOWN_FILES = [f"{robot}-full-replay-v2" for robot in ("halfcheetah", "hopper", "walker2d")]  # none published
 UNKNOWN_FILES += [f"kitchen-{kind}-v0" for kind in ("complete", "partial", "mixed")]
@@ -151,7 +152,7 @@ def server_path(name: str) -> str:
 
 DATASETS = {}
 for _name, *_sizes, _sha256 in map(str.split, KNOWN_FILES.strip().split("\n")):
-    DATASETS[_name] = Source(server_path(_name), tuple(int(size) for size in _sizes if size != "-"), _sha256)
+    DATASETS[_name] = Source(server_path(_name), tuple(map(int, _sizes)), _sha256)
 DATASETS |= {_name: Source(server_path(_name), (), "") for _name in UNKNOWN_FILES}
 
 # Names of arrays: here, and in the files (either is read); a file must hold those in NEEDED.
@@ -166,7 +167,6 @@ KEYS = {
 }
 NEEDED = ("obs", "action", "reward", "terminal")
 
-GYM_FAMILIES = ("halfcheetah", "hopper", "walker2d")
 # Raw returns that D4RL calls score 0 and score 100, by the first word of the dataset's name.
 REFERENCE = {
     "halfcheetah": (-280.178953, 12135.0),
@@ -240,7 +240,6 @@ class Dataset:
     obs_dim: int
     action_dim: int
     episode: torch.Tensor | None  # [N] int64, episode of each row; None where the rows are not in time order
-    step: torch.Tensor | None  # [N] int64, place of each row in its episode
     episode_returns: np.ndarray  # raw return of each complete episode, time-limit rows included; perhaps empty
     make_env: Callable[[], gymnasium.Env]  # one environment for evaluation
     max_action: float = 1.0
@@ -278,16 +277,14 @@ class Dataset:
         columns = (obs[keep], action[keep], reward[keep, None], following, next_action, terminal[keep, None])
         rows = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32))
 
-        episode, step, returns = None, None, np.zeros(0)
+        episode, returns = None, np.zeros(0)
         if in_order:
             first = np.flatnonzero(np.concatenate([[True], end[:-1]]))  # first row of each episode
-            episode = np.cumsum(end) - end
-            step = np.arange(len(obs)) - first[episode]
+            episode = torch.from_numpy((np.cumsum(end) - end)[keep])
             returns = np.add.reduceat(reward.astype(np.float64), first)
             returns = returns if end[-1] else returns[:-1]
-            episode, step = torch.from_numpy(episode[keep]), torch.from_numpy(step[keep])
         digest = hashlib.sha256(rows.numpy()).hexdigest()[:16]
-        return cls(name, rows, obs.shape[1], action.shape[1], episode, step, returns, make_env, max_action, digest)
+        return cls(name, rows, obs.shape[1], action.shape[1], episode, returns, make_env, max_action, digest)
 
     @classmethod
     def bandit(cls, name, action, reward, terminal=True, noise=0.0) -> "Dataset":
@@ -308,8 +305,8 @@ class Dataset:
 
     def to(self, device) -> "Dataset":
         """The same data on `device`."""
-        columns = {key: getattr(self, key) for key in ("rows", "episode", "step")}
-        return replace(self, **{key: value.to(device) for key, value in columns.items() if value is not None})
+        episode = None if self.episode is None else self.episode.to(device)
+        return replace(self, rows=self.rows.to(device), episode=episode)
 
     def need_order(self, what: str) -> None:
         """Raise UserError if the rows are not in time order, for a method that needs it for `what`, such as returns."""
@@ -357,7 +354,7 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
     path = Path(data_path).expanduser() if data_path else None
     original = next((name for name in DATASETS if path and Path(DATASETS[name].path).name == path.name), env)
     family = original.split("-")[0]
-    if env.split("-")[0] != family and (family not in GYM_FAMILIES or env.lower() != f"{family}-v4"):
+    if env.split("-")[0] != family and env != GYM_IDS.get(family):
         raise UserError(f"{path.name} cannot be evaluated in {env}, whose physics differ: use --env {original}")
     if path.is_dir() if path else is_minari(env):
         raw, box = read_minari(path.name if path else env, path)
@@ -365,7 +362,12 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
         check_arrays(raw, env, dim, box)
         return Dataset.from_arrays(env, **raw, make_env=functools.partial(make_env, env))
     if not (path or env in BUILT_IN or env in DATASETS):
-        raise unknown_dataset(env)
+        if ":" in env or env in gymnasium.registry:
+            raise UserError(
+                f'"{env}" is an environment, not a dataset: give its data by --data-path, or see --env help'
+            )
+        near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES]) or ";"
+        raise UserError(f'unknown dataset "{env}"{near} --env help lists all')
 
     dim, box, horizon = judge_spaces(env, needed=judge)  # a package that it lacks is known before a long download
     raw = load_built_in(env) if env in BUILT_IN and not path else read_file(path or download(env))
@@ -398,7 +400,7 @@ def judge_spaces(env, needed=True):
         with make_env(env) as judge:
             judge.reset(seed=0)
             judge.step(np.zeros(judge.action_space.shape, np.float32))
-            limit = None if judge.assumed_limit or not judge.spec else judge.spec.max_episode_steps
+            limit = None if judge.assumed_limit else judge.spec.max_episode_steps
             return judge.observation_space.shape[0], judge.original_action_space, limit
     except Unfit:
         raise
@@ -407,13 +409,6 @@ def judge_spaces(env, needed=True):
             raise UserError(f"{error} (--eval-episodes 0 trains without an environment)") from error
         print(f"note: {error}; without evaluations it is not needed")
         return None, None, None
-
-
-def unknown_dataset(env: str) -> UserError:
-    if ":" in env or env in gymnasium.registry:
-        return UserError(f'"{env}" is an environment, not a dataset: give its data by --data-path, or see --env help')
-    near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES]) or ";"
-    return UserError(f'unknown dataset "{env}"{near} --env help lists all')
 
 
 def nearest(name: str, known) -> str:
@@ -438,10 +433,8 @@ def download(name: str) -> Path:
                     fetch(name, path)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error}") from error
-    try:
-        open_arrays(path, source.sizes).close()
-    except CutOff as error:
-        raise RunError(f"{error}: delete it and run again, or set D4RL_DATASET_DIR to another folder") from error
+    hint = ": delete it and run again, or set D4RL_DATASET_DIR to another folder"
+    open_arrays(path, source.sizes, hint).close()
     if source.sizes and path.stat().st_size not in source.sizes:
         warn(f"{path} is not one of the known versions of {name} (other size); continuing")
     return path
@@ -453,16 +446,21 @@ def fetch(name: str, path: Path) -> None:
     for server in SERVERS:
         url = server.format(path=source.path, file=path.name)
         try:
-            digest = fetch_url(url, part)
-            with open_arrays(part, source.sizes) as file:
-                missing = [key for key in NEEDED if KEYS[key] not in file]
-            if missing:
-                raise RunError(f"the file has no {' '.join(KEYS[key] for key in missing)}")
-            if source.sizes and part.stat().st_size == source.sizes[0] and digest != source.sha256:
+            with urllib.request.urlopen(url, timeout=30) as response, open(part, "w+b") as file:
+                size = int(response.headers.get("Content-Length") or 0)
+                print(f"downloading {url} ({size / 1e6:.0f} MB)", flush=True)
+                with tqdm.wrapattr(response, "read", total=size or None, leave=False, disable=None) as body:
+                    shutil.copyfileobj(body, file, 1 << 20)
+                if (got := file.tell()) < size:
+                    raise RunError(f"cut off: got {got} of {size} bytes")
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            open_arrays(part, source.sizes).close()
+            if source.sizes and got == source.sizes[0] and digest != source.sha256:
                 warn(f"{url} is not the known version of {name} (SHA-256 {digest}); continuing")
             os.replace(part, path)
             return
-        except (RunError, http.client.HTTPException, OSError) as error:
+        except (UserError, http.client.HTTPException, OSError) as error:
             failures.append(f"{url}: {error}")
         finally:
             part.unlink(missing_ok=True)
@@ -473,67 +471,47 @@ def fetch(name: str, path: Path) -> None:
     )
 
 
-def fetch_url(url: str, part: Path) -> str:
-    """Stream `url` to `part` and return its SHA-256; RunError if it is cut off or no HDF5 file."""
-    digest, got = hashlib.sha256(), 0
-    with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-        size = int(response.headers.get("Content-Length") or 0)
-        print(f"downloading {url} ({size / 1e6:.0f} MB)", flush=True)
-        with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-            while chunk := response.read(1 << 20):
-                if got == 0 and not chunk.startswith(b"\x89HDF"):
-                    raise RunError("the server answered with a page instead of the file")
-                file.write(chunk)
-                digest.update(chunk)
-                got += len(chunk)
-                bar.update(len(chunk))
-    if got == 0 or (size and got != size):
-        raise RunError(f"cut off: got {got} of {size} bytes")
-    return digest.hexdigest()
+# Readers: each gives a dict of arrays named as in KEYS
 
 
-class CutOff(RunError):
-    """A file that cannot be whole."""
+def open_arrays(path: Path, sizes: tuple[int, ...] = (), hint: str = ""):
+    """An open HDF5 file or .npz, told apart by its first bytes, that has all arrays in NEEDED.
 
-
-def open_arrays(path: Path, sizes: tuple[int, ...] = ()):
-    """An open HDF5 file or .npz, told apart by its first bytes; `sizes` only serve the sentence on a cut-off file."""
+    sizes, hint: what a file that was cut off should have been, and what to do about it.
+    """
+    kind = "HDF5"
     try:
         with open(path, "rb") as file:
             start = file.read(8)
-        if zipped := start.startswith((b"PK\3\4", b"PK\5\6")):
-            return np.load(path)
-        if start.startswith(b"\x89HDF") or h5py.is_hdf5(path):
-            return h5py.File(path, "r")
+        if start.startswith((b"PK\3\4", b"PK\5\6")):
+            kind = ".npz"
+            arrays = np.load(path)
+        elif start.startswith(b"\x89HDF") or h5py.is_hdf5(path):
+            arrays = h5py.File(path, "r")
+        else:
+            kinds = {b"\x80": " but a pickle", b"<": " but a web page", b"\x93NUMPY": " but a single .npy array"}
+            kind = next((kind for first, kind in kinds.items() if start.startswith(first)), "")
+            raise RunError(f"{path} is neither an HDF5 file nor an .npz{kind}" if start else f"{path} is empty{hint}")
     except (OSError, zipfile.BadZipFile) as error:
         if "unable to lock" in str(error):
             why = "a program writes it, or its file system has no locks (HDF5_USE_FILE_LOCKING=FALSE does without)"
             raise RunError(f"{path} is locked: {why}") from error
         if getattr(error, "errno", None):
             raise RunError(f"{path} cannot be read: {os.strerror(error.errno)}") from error
-        kind = ".npz" if zipped else "HDF5"
-        expected = f", expected {' or '.join(map(str, sizes))}" if sizes else ""
-        raise CutOff(f"{path} is not a complete {kind} file (found {path.stat().st_size} bytes{expected})") from error
-    if not start:
-        raise CutOff(f"{path} is empty")
-    kinds = {b"\x80": " but a pickle", b"<": " but a web page", b"\x93NUMPY": " but a single .npy array"}
-    kind = next((kind for first, kind in kinds.items() if start.startswith(first)), "")
-    raise RunError(f"{path} is neither an HDF5 file nor an .npz{kind}")
-
-
-# Readers: each gives a dict of arrays named as in KEYS
+        found = f"found {path.stat().st_size} bytes" + (f", expected {' or '.join(map(str, sizes))}" if sizes else "")
+        raise RunError(f"{path} is not a complete {kind} file ({found}){hint}") from error
+    if missing := [KEYS[key] for key in NEEDED if not {key, KEYS[key]} & set(arrays)]:
+        raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(arrays))[:200]}")
+    return arrays
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
     """Arrays of a D4RL-style HDF5 file or an .npz; keys as in KEYS, floats as float32."""
     if not path.is_file():
         raise UserError(f"--data-path {path}: no such file or Minari dataset folder")
+    arrays = {}
     with open_arrays(path) as file:
         names = {short: name for short, long in KEYS.items() for name in (short, long) if name in file}
-        missing = [KEYS[short] for short in NEEDED if short not in names]
-        if missing:
-            raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(file))[:200]}")
-        arrays = {}
         for short, name in names.items():
             try:
                 value = file[name]
@@ -544,7 +522,7 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
                 arrays[short] = value.astype(np.float32)[()] if floats else np.asarray(value)
             except Exception as error:  # each library has its own
                 raise RunError(f"{name} in {path} cannot be read: {reason(error)}") from error
-        return arrays
+    return arrays
 
 
 # Minari
@@ -732,18 +710,15 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
             return False
         print(f"{env}: {np.count_nonzero(jump)} episodes end without a mark, as their next_observations show")
     if rule is not None:
-        raw["timeout"] = np.asarray(rule(terminal), bool) | jump
-    elif "timeout" in raw or jump.any():
-        raw["timeout"] = raw.get("timeout", False) | jump
-    elif env in DATASETS and env.split("-")[0] in GYM_FAMILIES:
-        raise UserError(
-            f"{env}: the file has no timeouts, which every original has: without them episodes run together"
-        )
-    else:
-        raw["timeout"] = count_timeouts(terminal, horizon) if horizon else np.zeros_like(terminal)
+        raw["timeout"] = np.asarray(rule(terminal), bool)
+    elif "timeout" not in raw and not jump.any():
+        if env in DATASETS and env.split("-")[0] in GYM_IDS:
+            raise UserError(f"{env}: the file has no timeouts, but every original has: else episodes run together")
+        raw["timeout"] = count_timeouts(terminal, horizon) if horizon else jump
         guess = f"a time limit is assumed every {horizon} steps" if horizon else "no time limits are assumed"
         episodes = np.count_nonzero(terminal | raw["timeout"])
         print(f"{env}: the file has no timeouts, so terminals end the task; {guess} ({episodes} complete episodes)")
+    raw["timeout"] = raw.get("timeout", False) | jump
     return True
 
 
@@ -760,7 +735,6 @@ def count_timeouts(terminal: np.ndarray, horizon: int) -> np.ndarray:
 # Built-in data
 
 
-DEMO_VERSION = 1  # raise when the recipe changes, so that old caches are not used
 DEMO_EPISODES = {"halfcheetah": 50, "pendulum": 100}
 # A linear HalfCheetah-v4 controller found by random search (augmented random search), rounded; it runs at return 4570.
 CHEETAH_W = """
@@ -775,62 +749,55 @@ CHEETAH_B = [-1.17, -0.23, -0.35, -0.41, -0.51, -0.44]
 
 
 def load_built_in(name: str) -> dict[str, np.ndarray]:
-    """Arrays of a built-in dataset, made on first use and cached in ~/.cache/offline-rl (or $XDG_CACHE_HOME)."""
+    """Arrays of a built-in dataset; the slow ones are cached in ~/.cache/offline-rl (or $XDG_CACHE_HOME)."""
     robot = name.split("-")[0]
     if robot == "pendulum":
         return make_pendulum_demo(name, DEMO_EPISODES[robot])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "offline-rl"
-    cache = folder / f"{name}-{DEMO_EPISODES[robot]}x1000-seed0-v{DEMO_VERSION}.npz"
+    cache = folder / f"{name}-{DEMO_EPISODES[robot]}x1000-seed0-v1.npz"  # another version for another recipe
     try:
         with np.load(cache) as file:
             return dict(file)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # missing or damaged
         print(f"making {name} (a few seconds, once)", flush=True)
-    raw, part = make_cheetah_demo(name, DEMO_EPISODES[robot]), Path(f"{cache}.{os.getpid()}.part")
+    raw = make_cheetah_demo(name, DEMO_EPISODES[robot])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.savez(file, **raw)
+        part = cache.with_suffix(f".{os.getpid()}.npz")
+        np.savez(part, **raw)
         os.replace(part, cache)  # whole or not at all, also with several writers
     except OSError as error:
         warn(f"cannot cache {cache} ({error}); continuing")
     return raw
 
 
-def make_cheetah_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
+def make_cheetah_demo(name: str, episodes: int) -> dict[str, np.ndarray]:
     """Roll the linear controller, clip(gain (W obs + b) + noise N(0, I)), for `episodes` x 1000 steps."""
     weights = np.array(CHEETAH_W.split(), float).reshape(6, 17)
     env = make_env(name).unwrapped  # without wrappers: several times faster
-    rng, levels, steps = np.random.default_rng(seed), BUILT_IN[name], 1000
-    raw = {key: np.zeros((episodes, steps, dim), np.float32) for key, dim in (("obs", 17), ("action", 6))}
-    raw["reward"] = np.zeros((episodes, steps), np.float32)
+    rng, levels = np.random.default_rng(0), BUILT_IN[name]
+    raw = {"obs": [], "action": [], "reward": []}
     for episode in range(episodes):
         level = levels[episode % len(levels)]
-        noise = rng.uniform(-1, 1, (steps, 6)) if level is None else level[1] * rng.standard_normal((steps, 6))
+        noise = rng.uniform(-1, 1, (1000, 6)) if level is None else level[1] * rng.standard_normal((1000, 6))
         gain = 0.0 if level is None else level[0]
-        obs, _ = env.reset(seed=seed + episode)
-        for step in range(steps):
+        obs, _ = env.reset(seed=episode)
+        for step in range(1000):
             action = np.clip(gain * (weights @ obs + CHEETAH_B) + noise[step], -1, 1)
-            raw["obs"][episode, step], raw["action"][episode, step] = obs, action
-            obs, raw["reward"][episode, step], _, _, _ = env.step(action)
+            raw["obs"].append(obs)
+            raw["action"].append(action)
+            obs, reward, *_ = env.step(action)
+            raw["reward"].append(reward)
     env.close()
-    return demo_arrays(raw)
+    return demo_arrays(raw, 1000)
 
 
-def demo_arrays(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """[episodes, steps, ...] to flat rows; no demo ever terminates, the last row of each episode is a time limit."""
-    timeout = np.zeros(raw["reward"].shape, bool)
-    timeout[:, -1] = True
-    flat = {key: value.reshape(-1, *value.shape[2:]) for key, value in raw.items()}
-    return flat | {"terminal": np.zeros(timeout.size, bool), "timeout": timeout.reshape(-1)}
-
-
-def make_pendulum_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.ndarray]:
+def make_pendulum_demo(name: str, episodes: int) -> dict[str, np.ndarray]:
     """Pump energy until the pole is high, then catch it by a linear rule; all episodes (200 steps) at once."""
-    rng, level = np.random.default_rng(seed), BUILT_IN[name][0]
+    rng, level = np.random.default_rng(0), BUILT_IN[name][0]
     env = gymnasium.make("Pendulum-v1").unwrapped  # its formulas work for arrays too
     env.state = np.stack([rng.uniform(-np.pi, np.pi, episodes), rng.uniform(-1, 1, episodes)])
-    steps = {"obs": [], "action": [], "reward": []}
+    raw = {"obs": [], "action": [], "reward": []}
     for _ in range(200):
         angle, speed = env.state
         if level is None:
@@ -841,10 +808,17 @@ def make_pendulum_demo(name: str, episodes: int, seed: int = 0) -> dict[str, np.
             energy = speed**2 / 6 + 5 * np.cos(angle)  # 5 at rest upright
             torque = gain * np.where(np.cos(angle) > 0.8, -12 * wrapped - 3 * speed, 2 * np.sign(speed * (5 - energy)))
             torque = np.clip(torque + noise * rng.standard_normal(episodes), -2, 2)
-        steps["obs"].append(np.stack([np.cos(angle), np.sin(angle), speed], axis=1))
-        steps["action"].append(torque[:, None])
-        steps["reward"].append(env.step(torque[None])[1])
-    return demo_arrays({key: np.stack(value, axis=1).astype(np.float32) for key, value in steps.items()})
+        raw["obs"].append(np.stack([np.cos(angle), np.sin(angle), speed], axis=1))
+        raw["action"].append(torque[:, None])
+        raw["reward"].append(env.step(torque[None])[1])
+    return demo_arrays({key: np.stack(value, axis=1) for key, value in raw.items()}, 200)
+
+
+def demo_arrays(raw, steps: int) -> dict[str, np.ndarray]:
+    """Rows of float32, episode after episode. No demo terminates; the last of its `steps` is a time limit."""
+    count = np.size(raw["reward"])
+    flat = {key: np.asarray(value, np.float32).reshape(count, -1) for key, value in raw.items()}
+    return flat | {"terminal": np.zeros(count, bool), "timeout": np.arange(count) % steps == steps - 1}
 
 
 # 2-D scenes of the papers: one state, 10,000 actions, a reward that depends on the action alone
@@ -854,23 +828,18 @@ uniform = lambda g: torch.rand(10_000, generator=g)
 pick = lambda centers, g: centers[torch.randint(len(centers), (10_000,), generator=g)]
 polar = lambda radius, angle: torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
-
-def grid25(g):
-    side = torch.linspace(-10, 10, 5)
-    return torch.cartesian_prod(side, side).repeat_interleave(400, 0)
+grid25 = lambda g: torch.cartesian_prod(*[torch.linspace(-10, 10, 5)] * 2).repeat_interleave(400, 0)
+two = lambda g: pick(torch.tensor([[-0.6, 0.6], [0.4, 0.2]]), g)
+three = lambda g: pick(torch.tensor([[-0.6, 0.6], [0.4, 0.4], [-0.4, -0.4]]), g)
+eight = lambda g: polar(4 / 1.414, math.pi / 4 * (8 * uniform(g)).floor())
+rings = lambda g: polar(0.75 * (1 + (4 * uniform(g)).floor()), 2 * math.pi * uniform(g))
+ring = lambda g: polar(1, 1.5 * math.pi * uniform(g))
+small_roll = lambda g: roll(g) / 5
 
 
 def roll(g):
     t = 1.5 * math.pi * (1 + 2 * uniform(g))
     return polar(t, t)
-
-
-two = lambda g: pick(torch.tensor([[-0.6, 0.6], [0.4, 0.2]]), g)
-three = lambda g: pick(torch.tensor([[-0.6, 0.6], [0.4, 0.4], [-0.4, -0.4]]), g)
-eight = lambda g: polar(4 / 1.414, math.pi / 4 * (8 * uniform(g)).floor())
-small_roll = lambda g: roll(g) / 5
-rings = lambda g: polar(0.75 * (1 + (4 * uniform(g)).floor()), 2 * math.pi * uniform(g))
-ring = lambda g: polar(1, 1.5 * math.pi * uniform(g))
 
 
 def moons(g):
@@ -983,6 +952,7 @@ def make_env(env, render_mode=None, max_episode_steps=1000):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* is out of date", DeprecationWarning)  # v4 is meant
+            warnings.filterwarnings("ignore", "(Installed|Package) .*")  # published sets name older versions
             make = make_d4rl if original else make_minari if is_minari(env) else gymnasium.make
             raw = make(env, **options)
     except UserError:
@@ -1027,8 +997,9 @@ class FlatEnv(gymnasium.Wrapper):
         # Clipping comes first: MuJoCo clips the torque, but the control cost would see the larger action.
         action = self._center + self._half * np.clip(action, -1, 1).reshape(self._half.shape)
         try:
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            return self._flat(obs), float(_plain(reward)), bool(_plain(terminated)), bool(_plain(truncated)), info
+            obs, *rest, info = self.env.step(action)
+            reward, terminated, truncated = (x.item() if hasattr(x, "item") else x for x in rest)  # arrays or tensors
+            return self._flat(obs), float(reward), bool(terminated), bool(truncated), info
         except Exception as error:
             raise self._failed("step", error) from error
 
@@ -1041,11 +1012,6 @@ class FlatEnv(gymnasium.Wrapper):
     def _failed(self, method, error):
         hint = " (Gymnasium's rules?)" if isinstance(error, TypeError | ValueError) else ""
         return UserError(f"{self.name} failed in {method}: {type(error).__name__}: {reason(error)}{hint}")
-
-
-def _plain(value):
-    """The number in an array or tensor of one element."""
-    return value.item() if hasattr(value, "item") else value
 
 
 def on_mujoco_warning(text):
@@ -1082,7 +1048,7 @@ def make_d4rl(env, **options):
         import_robotics(env, kitchen=True)
         noise = {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}  # D4RL's values
         tasks = list(KITCHEN_TASKS[kind])
-        return KitchenVector(gymnasium.make("FrankaKitchen-v1", tasks_to_complete=tasks, **noise, **options))
+        return flat_kitchen(gymnasium.make("FrankaKitchen-v1", tasks_to_complete=tasks, **noise, **options))
     return gymnasium.make(GYM_IDS[family], **options)
 
 
@@ -1098,7 +1064,7 @@ def import_robotics(env, kitchen=False):
     gymnasium.register_envs(gymnasium_robotics)
 
 
-class AntMaze(gymnasium.Env):
+class AntMaze(MujocoEnv):
     """D4RL's antmaze (v0 and v2), rebuilt from Gymnasium's ant.xml.
 
     The AntMaze of gymnasium-robotics cannot stand in: it has another gear, time step, frame and observation.
@@ -1107,58 +1073,40 @@ class AntMaze(gymnasium.Env):
     reset. This is v2's rule; v0 drew one goal per environment object, which only makes its scores noisier.
     """
 
-    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 10}
-    frame_skip = 5
+    metadata = AntEnv.metadata | {"render_fps": 10}
 
     def __init__(self, maze, render_mode=None):
-        walls, (goal_row, goal_col) = MAZES[maze]
+        self.walls, (row, col) = MAZES[maze]
+        self.goal_cell = np.array([4.0 * (col - 1), 4.0 * (row - 1)])
+        super().__init__("ant.xml", 5, spaces.Box(-np.inf, np.inf, (29,), np.float64), render_mode)
+
+    def _initialize_simulation(self):
         contact = {"solref": [0.02, 1], "solimp": [0.8, 0.8, 0.01, 0.5, 2]}
         wall = {"type": mujoco.mjtGeom.mjGEOM_BOX, "size": [2, 2, 1], "contype": 1, "conaffinity": 1, "condim": 3}
         wall |= {"margin": 0.01, "friction": [1, 0.5, 0.5], **contact}
-        assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
-        spec = mujoco.MjSpec.from_file(str(assets / "ant.xml"))
+        spec = mujoco.MjSpec.from_file(self.fullpath)
         spec.option.timestep = 0.02
         for geom in spec.geoms:
             geom.solref, geom.solimp = contact["solref"], contact["solimp"]
         for actuator in spec.actuators:
             actuator.gear[0] = 30
-        for row, cells in enumerate(walls):
+        for row, cells in enumerate(self.walls):
             for col, cell in enumerate(cells):
                 if cell == "1":
                     spec.worldbody.add_geom(pos=[4 * (col - 1), 4 * (row - 1), 1], **wall)
-        self.model = spec.compile()
-        self.data = mujoco.MjData(self.model)
-        self.goal_cell = np.array([4.0 * (goal_col - 1), 4.0 * (goal_row - 1)])
-        self.goal = self.goal_cell
-        self.render_mode = render_mode
-        self.renderer = MujocoRenderer(self.model, self.data, width=480, height=480) if render_mode else None
-        self.action_space = spaces.Box(-1.0, 1.0, (self.model.nu,), np.float32)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (self.model.nq + self.model.nv,), np.float64)
+        model = spec.compile()
+        return model, mujoco.MjData(model)
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos += self.np_random.uniform(-0.1, 0.1, self.model.nq)
-        self.data.qvel = 0.1 * self.np_random.standard_normal(self.model.nv)
-        mujoco.mj_forward(self.model, self.data)
+    def reset_model(self):
+        noise = self.np_random.uniform(-0.1, 0.1, self.model.nq), 0.1 * self.np_random.standard_normal(self.model.nv)
+        self.set_state(self.init_qpos + noise[0], self.init_qvel + noise[1])
         self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
-        return self._obs(), {}
+        return self.state_vector()
 
     def step(self, action):
-        self.data.ctrl = action
-        mujoco.mj_step(self.model, self.data, self.frame_skip)
+        self.do_simulation(action, self.frame_skip)
         success = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
-        return self._obs(), float(success), success, False, {"success": success}
-
-    def _obs(self):
-        return np.concatenate([self.data.qpos, self.data.qvel])
-
-    def render(self):
-        return self.renderer.render(self.render_mode)
-
-    def close(self):
-        if self.renderer:
-            self.renderer.close()
+        return self.state_vector(), float(success), success, False, {"success": success}
 
 
 class PenDrop(gymnasium.Wrapper):
@@ -1169,24 +1117,19 @@ class PenDrop(gymnasium.Wrapper):
         return obs, reward, bool(terminated or obs[26] < 0.075), truncated, info
 
 
-class KitchenVector(gymnasium.ObservationWrapper):
-    """D4RL's kitchen observation [60]: robot position [9], object position [21], goal [30], zero where not asked for.
+def flat_kitchen(env):
+    """With D4RL's observation [60]: robot position [9], object position [21], goal [30], zero where not asked for.
 
     The reward is 1 for every subtask when it is first completed, so the return counts subtasks.
     """
+    from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_INDICES
 
-    def __init__(self, env):
-        from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_INDICES
-
-        super().__init__(env)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (60,), np.float64)
-        self.goal = np.zeros(30)
-        for task, target in env.unwrapped.goal.items():
-            self.goal[OBS_ELEMENT_INDICES[task]] = target
-
-    def observation(self, obs):
-        state = obs["observation"]  # [59]: robot position 9 and velocity 9, object position 21 and velocity 20
-        return np.concatenate([state[:9], state[18:39], self.goal])
+    goal = np.zeros(30)
+    for task, target in env.unwrapped.goal.items():
+        goal[OBS_ELEMENT_INDICES[task]] = target
+    # obs["observation"] [59]: robot position 9 and velocity 9, object position 21 and velocity 20
+    flat = lambda obs: np.concatenate([obs["observation"][:9], obs["observation"][18:39], goal])
+    return gymnasium.wrappers.TransformObservation(env, flat, spaces.Box(-np.inf, np.inf, (60,), np.float64))
 
 
 def make_minari(env, **options):
@@ -1208,14 +1151,11 @@ def make_minari(env, **options):
         options |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
     if spec.id.startswith("PointMaze"):  # recorded as one episode of a million steps
         options |= {"max_episode_steps": gymnasium.registry[spec.id].max_episode_steps}
-    with warnings.catch_warnings():
-        # Published sets name the package versions of their recording; other versions are normal.
-        warnings.filterwarnings("ignore", "(Installed|Package) .*")
-        try:
-            return dataset.recover_environment(eval_env=True, **options)
-        except Exception as error:  # whatever its wrappers and modules raise
-            why = f"{type(error).__name__}: {reason(error)}"
-            raise UserError(f"the environment of '{env}', {spec.id}, cannot be made here ({why}): {hint}") from error
+    try:
+        return dataset.recover_environment(eval_env=True, **options)
+    except Exception as error:  # whatever its wrappers and modules raise
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"the environment of '{env}', {spec.id}, cannot be made here ({why}): {hint}") from error
 
 
 class Bandit(gymnasium.Env):
@@ -1252,16 +1192,13 @@ def score(env, returns):
     25 per subtask. Minari: the references stored with the data, if any. For the built-in halfcheetah data and for
     Gymnasium's own HalfCheetah, Hopper and Walker2d (any version) D4RL's numbers serve only as a familiar scale.
     """
-    if is_minari(env):
-        if env.startswith(("D4RL/antmaze/", "D4RL/kitchen/")):  # make_env gives them rewards of its own
-            reference = REFERENCE[env.split("/")[1]]
-        else:
-            with open_minari(env) as dataset:
-                metadata = dataset.storage.metadata
-            reference = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
-    else:
-        reference = REFERENCE.get(env.split("-")[0].lower(), (None, None))
-    low, high = reference
+    low, high = REFERENCE.get(env.split("-")[0].lower(), (None, None))
+    if env.startswith(("D4RL/antmaze/", "D4RL/kitchen/")):  # make_env gives them rewards of its own
+        low, high = REFERENCE[env.split("/")[1]]
+    elif is_minari(env):
+        with open_minari(env) as dataset:
+            metadata = dataset.storage.metadata
+        low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if low is None or high is None:
         return None
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
@@ -1418,7 +1355,8 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     if given.get("resume") == HERE:
         resume_here(Args, given)
     if folder := given.get("evaluate") or given.get("resume"):
-        default, source = saved_run(next(iter(run_folders(folder).values())), Args), f"the run in {folder}"
+        first = next(iter(run_folders(folder).values()))
+        default, source = saved_run(first, Args, script_of(Args)), f"the run in {folder}"
     else:
         table, relative = find_settings(env, settings)
         default, source = replace(Args(), **table | dict(env=env)), relative or env
@@ -1436,7 +1374,7 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     if args.evaluate:
         useless(given, sorted(given.keys() - WITH_EVALUATE), "with --evaluate")
     elif args.resume:
-        check_resume(default, args, given)
+        check_resume(args, given)
     else:
         for field in ("eval_every", "log_every", *proportional):
             if field not in given:
@@ -1479,18 +1417,17 @@ def flag(name):
 
 def flag_type(hint):
     """How argparse reads a field of this type."""
-    inner = [kind for kind in get_args(hint) if kind not in (type(None), ...)]
-    if hint is bool:
+    kind, *rest = get_args(hint) or (hint,)
+    if kind is bool:
         return dict(action=argparse.BooleanOptionalAction)
     if get_origin(hint) is Literal:
-        return dict(choices=inner)
-    kind = inner[0] if inner else hint
+        return dict(choices=[kind, *rest])
 
     def read(text):
-        return None if text == "None" and type(None) in get_args(hint) else kind(text)
+        return None if text == "None" and type(None) in rest else kind(text)
 
     read.__name__ = kind.__name__  # for argparse's complaints
-    return dict(type=read, metavar=kind.__name__.upper()) | (dict(nargs="+") if get_origin(hint) is tuple else {})
+    return dict(type=read, metavar=kind.__name__.upper()) | (dict(nargs="+") if ... in rest else {})
 
 
 def help_texts(Args):
@@ -1520,24 +1457,17 @@ def read_flags(parser, argv):
 
 
 def find_settings(env, settings):
-    """The settings of `env`, and the name of its nearest relative if they are that one's (then without its score)."""
+    """The settings of `env`, and the name of its nearest relative if they are that one's (then without its score).
+
+    The nearest is the key that shares most words with `env`; none where even the task differs.
+    """
     families = [key for key in settings if env == key or env.startswith(key + "-") and built_in(env)]
     if families:
         return settings[max(families, key=len)], None
-    relative = nearest_settings(env, settings)
+    words = lambda name: set(re.split(r"[-/_]", name.lower()))
+    likeness = lambda key: len(words(key) & words(env)) - 0.1 * len(words(key) - words(env))
+    relative = max([key for key in settings if key.split("-")[0] in words(env)], key=likeness, default=None)
     return {key: value for key, value in settings.get(relative, {}).items() if key != "paper_score"}, relative
-
-
-def nearest_settings(env, settings):
-    """The key of `settings` that shares most words with `env`; None where even the task differs."""
-
-    def words(name):
-        return set(re.split(r"[-/_]", name.lower()))
-
-    relatives = [key for key in settings if key.split("-")[0] in words(env)]
-    return max(
-        relatives, key=lambda key: len(words(key) & words(env)) - 0.1 * len(words(key) - words(env)), default=None
-    )
 
 
 def built_in(env):
@@ -1578,7 +1508,11 @@ def check_args(args):
     if args.wandb and not args.evaluate:
         need("wandb", "--wandb")
     if not (args.evaluate or args.resume):
-        check_writable(Path(args.out))
+        out = Path(args.out).absolute()
+        there = next(path for path in (out, *out.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "read-only" if there.is_dir() else "a file"
+            raise UserError(f"--out {args.out} cannot be written: {there} is {why}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -1589,32 +1523,22 @@ def check_args(args):
         torch.cuda.set_device(device)  # streams and graphs belong to the current device
 
 
-def check_writable(out):
-    """Whether folders can be made in `out`, which itself need not be there yet."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
-
-
-def check_resume(saved, args, given):
-    """What a resumed run must keep, and which of its seeds go first."""
-    for name in given.keys() - FREE:
-        was, now = getattr(saved, name), getattr(args, name)
-        if name == "steps" and now < was:
-            raise UserError(f"--steps was {was} in {args.resume}; it can grow, not shrink to {now}")
-        if name != "steps" and was != now:
-            raise UserError(f"{flag(name)} was {was} in {args.resume} and cannot be {now} when it is resumed")
+def check_resume(args, given):
+    """What the seeds of a resumed run must keep and share, and which of them go first."""
     folders = run_folders(args.resume)
-    for seed in given.get("seed", ()):
-        if seed not in folders:
-            raise UserError(f"{args.resume} holds no run of seed {seed}")
     seeds = given.get("seed") or tuple(folders)
     for seed in seeds:
-        other = saved_run(folders[seed], type(args))
-        args.steps = max(args.steps, other.steps)
-        kept = vars(saved).keys() - FREE - {"steps", "out"}
-        if changed := [name for name in kept if getattr(saved, name) != getattr(other, name)]:
-            raise UserError(f"the seeds in {args.resume} differ in {flag(changed[0])}: resume each on its own")
+        if seed not in folders:
+            raise UserError(f"{args.resume} holds no run of seed {seed}")
+        saved = saved_run(folders[seed], type(args), script_of(type(args)))
+        if "steps" in given and args.steps < saved.steps:
+            raise UserError(f"--steps was {saved.steps} in {folders[seed]}; it can grow, not shrink to {args.steps}")
+        args.steps = max(args.steps, saved.steps)
+        for name in vars(saved).keys() - FREE - {"steps", "" if "out" in given else "out"}:
+            was, now = getattr(saved, name), getattr(args, name)
+            if was != now:
+                rest = "when it is resumed" if name in given else "as for other seeds: resume each on its own"
+                raise UserError(f"{flag(name)} was {was} in {folders[seed]} and cannot be {now} {rest}")
     counts = updates_of({seed: folders[seed] for seed in seeds})
     args.seed = tuple(seed for seed in seeds if counts[seed] == min(counts.values()))
     if len(args.seed) < len(seeds):
@@ -1636,14 +1560,6 @@ def resume_here(Args, given):
 def script_of(Args):
     """The file that `Args` stands in."""
     return Path(getattr(sys.modules[Args.__module__], "__file__", None) or "notebook.py")
-
-
-def saved_run(folder, Args):
-    """The settings of the run in `folder`, which must be one of this script."""
-    script = script_of(Args).name
-    if not (folder / script).exists():
-        raise UserError(f"{folder} is not a run of {script}")
-    return replace(Args(), **saved_args(folder, Args))
 
 
 def list_datasets() -> str:
@@ -1728,7 +1644,7 @@ def get_state(parts):
 
 
 def set_state(parts, state):
-    """The inverse of `get_state`; before `capture`, because optimisers allocate new tensors when they load.
+    """The inverse of `get_state`, in place, because a CUDA graph knows tensors by their address.
 
     False if the state is from another kind of device, whose generators are unlike these, which stay as they are.
     """
@@ -1740,10 +1656,16 @@ def set_state(parts, state):
                 part.set_state(saved.cpu())
             else:
                 same_kind = False
-        elif isinstance(part, torch.optim.Optimizer):
-            own = [{key: group[key] for key in ("capturable", "fused") if key in group} for group in part.param_groups]
-            groups = [group | flags for group, flags in zip(saved["param_groups"], own)]
-            part.load_state_dict(saved | dict(param_groups=groups))
+        elif isinstance(part, torch.optim.Optimizer):  # what belongs to this process (capturable, fused) stays
+            for index, p in enumerate(p for group in part.param_groups for p in group["params"]):
+                slots, old = part.state[p], saved["state"].get(index, {})
+                for key in old.keys() - slots.keys():
+                    slots[key] = torch.empty_like(old[key], device=p.device)
+                for key, slot in slots.items():
+                    slot.copy_(old.get(key, torch.zeros_like(slot)))
+            for group, old in zip(part.param_groups, saved["param_groups"]):
+                tensor = isinstance(group["lr"], torch.Tensor)
+                group["lr"] = group["lr"].copy_(old["lr"]) if tensor else old["lr"]
         elif isinstance(part, torch.Tensor):
             part.data.copy_(saved)
         else:
@@ -1762,14 +1684,12 @@ def load_checkpoint(folder, device="cpu"):
         raise RunError(f"{path} cannot be read, the file may be damaged: {reason(error)}") from None
 
 
-def saved_args(folder, Args):
-    """The settings that the run in `folder` was made with, as a dict of fields of `Args`."""
-    try:
-        saved = json.loads((Path(folder) / "args.json").read_text())["args"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json") from None
-    names = {field.name for field in fields(Args)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in names}
+def saved_run(folder, Args, script=None):
+    """The settings, an `Args`, of the run in `folder`, which must be one of `script` if that is given."""
+    saved = read_about(folder)["args"]
+    if script and not (Path(folder) / Path(script).name).exists():
+        raise UserError(f"{folder} is not a run of {Path(script).name}")
+    return replace(Args(), **{name: value for name, value in saved.items() if hasattr(Args, name)})
 
 
 def load_run(script, folder, Args, seed=None, device="cpu"):
@@ -1780,10 +1700,8 @@ def load_run(script, folder, Args, seed=None, device="cpu"):
     folder = Path(folder)
     if seed is not None and (folder / f"seed{seed}").is_dir():
         folder = folder / f"seed{seed}"
-    checkpoint, saved = load_checkpoint(folder, device), saved_args(folder, Args)
-    if not (folder / Path(script).name).exists():
-        raise UserError(f"{folder} is not a run of {Path(script).name}")
-    return replace(Args(), **saved | dict(device=str(device))), checkpoint
+    checkpoint = load_checkpoint(folder, device)
+    return replace(saved_run(folder, Args, script), device=str(device)), checkpoint
 
 
 def same_settings(folder, theirs, ours, names):
@@ -1793,7 +1711,7 @@ def same_settings(folder, theirs, ours, names):
     """
     text = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value
     changed = [
-        "other data" if name == "fingerprint" else f"--{name.replace('_', '-')} {text(theirs.get(name))}"
+        "other data" if name == "fingerprint" else f"{flag(name)} {text(theirs.get(name))}"
         for name in names
         if theirs.get(name) != ours[name]
     ]
@@ -1804,7 +1722,7 @@ def same_settings(folder, theirs, ours, names):
 def load_policy(Learner, Args, folder, device="cpu"):
     """A trained policy: a function from observations [n, S] to actions [n, A] in [-1, 1], numpy arrays both."""
     checkpoint = load_checkpoint(folder, device)
-    args = replace(Args(), **saved_args(folder, Args) | dict(device=device))
+    args = replace(saved_run(folder, Args), device=device)
     learner = Learner(args, SimpleNamespace(**checkpoint["dims"]), args.seed[0])
     set_state(learner.state, checkpoint["learner"])
     return policy_of(learner)
@@ -1878,7 +1796,8 @@ def record(learner, update):
         learner.generator = learner.state["generator"] = torch.Generator(learner.generator.device)
         raise
     finally:
-        take_back(learner, before)
+        set_state(learner.state, before)
+        learner.metrics.read()
         torch.cuda.synchronize()
     return replay
 
@@ -1890,20 +1809,6 @@ def tensors(state):
             yield from tensors(value)
         elif isinstance(value, torch.Tensor) and name != "generator":
             yield value
-
-
-def take_back(learner, before):
-    """Restore a learner in place, because a CUDA graph knows tensors by their address."""
-    for name, part in learner.state.items():
-        if isinstance(part, torch.optim.Optimizer):
-            for index, slots in enumerate(part.state[p] for group in part.param_groups for p in group["params"]):
-                for key, value in slots.items():
-                    value.copy_(before[name]["state"].get(index, {}).get(key, torch.zeros_like(value)))
-            for group, old in zip(part.param_groups, before[name]["param_groups"]):
-                group["lr"].copy_(old["lr"])
-        else:
-            set_state({name: part}, before)
-    learner.metrics.read()
 
 
 # ---- Runs: the loop, then its parts: folder, log, terminal, summary, pictures ----------------------------------------
@@ -1950,7 +1855,7 @@ class Run:
         else:
             for folder, seed in zip(self.folders, args.seed):
                 begin_folder(folder, self, seed)
-        self.logs = [self.held.enter_context(Log(*place, self)) for place in zip(self.folders, args.seed)]
+        self.logs = [Log(*place, self) for place in zip(self.folders, args.seed)]
         self.start, self.drawn = time.monotonic() - self.seconds, time.monotonic()
         self.terminal = Terminal(self)
 
@@ -1967,25 +1872,24 @@ class Run:
         self.phase = phase
         self.done.pop(phase, None)  # a finished run can be lengthened
         if steps:
-            self.terminal.open(phase, steps)
+            self.terminal.open(steps)
         self.restart_clock()
         while self.owed or self.step < steps:
-            saving = evaluating = self.owed  # first of all what a signal cut short
-            if not self.owed:
+            saving = self.owed
+            if not self.owed:  # else first of all the evaluation that a signal cut short
                 yield
                 before, self.step = self.step, self.step + stride
                 self.terminal.count(stride)
                 due = lambda every, before=before: self.step == steps or self.step // every > before // every
-                self.owed = evaluating = evaluate and bool(self.envs) and due(args.eval_every)
-                saving = evaluating or due(args.checkpoint_every) or self.stopping()
+                self.owed = evaluate and bool(self.envs) and due(args.eval_every)
+                saving = self.owed or due(args.checkpoint_every) or self.stopping()
                 if not (saving or due(args.log_every)):
                     continue
                 self.record()
-            if evaluating:
-                self.evaluate()
+            evaluated = self.owed and self.evaluate()
             if self.step == steps and not self.owed:
                 self.complete(at_end)
-            self.terminal.show(evaluating and not self.owed)
+            self.terminal.show(evaluated)
             if saving:
                 self.save()
             if self.stopping():
@@ -2037,19 +1941,19 @@ class Run:
             log.add(row | dict(updates_per_second=count / spent) | values)
 
     def evaluate(self):
-        """Put an evaluation into the last row of every seed's log; a signal drops it."""
+        """Put an evaluation into the last row of every seed's log; a signal drops it. Whether it was made."""
 
         def tick():
             if self.signal:
                 raise Stopped
-            self.terminal.refresh(", evaluating")
 
         begin, found = time.monotonic(), []
+        self.terminal.name(", evaluating")
         try:
             for learner, seed in zip(self.learners, self.args.seed):
                 found.append(evaluate(policy_of(learner), self.envs, evaluation_seed(seed), tick))
         except Stopped:
-            return
+            return False
         self.owed, self.terminal.evaluation_seconds = False, time.monotonic() - begin
         for log, returns in zip(self.logs, found):
             values = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
@@ -2058,6 +1962,7 @@ class Run:
             log.add_evaluation(values)
         if time.monotonic() - self.drawn > 10:  # seconds: a picture takes about one
             self.draw()
+        return True
 
     def save(self):
         """Checkpoints of all seeds: written beside the old ones first, then renamed, so that a kill costs nothing."""
@@ -2171,7 +2076,7 @@ def new_folders(args, script):
 def run_folders(folder):
     """Seed -> folder: of one run, or of all seeds in `folder`."""
     paths = [path for path in Path(folder).glob("seed*") if path.name[4:].isdigit() and (path / "args.json").exists()]
-    return dict(sorted((saved_args(path, RunArgs)["seed"][0], path) for path in paths or [Path(folder)]))
+    return dict(sorted((read_about(path)["args"]["seed"][0], path) for path in paths or [Path(folder)]))
 
 
 def updates_of(folders):
@@ -2188,7 +2093,7 @@ def lock(folder):
     except Timeout:
         try:
             holder = "process {pid} on {host} since {since}".format(**read_about(folder)["process"])
-        except (OSError, ValueError, KeyError):
+        except (UserError, KeyError):
             holder = "another process"
         raise UserError(f"{folder} is in use by {holder}: wait for its end, or choose another --out") from None
 
@@ -2215,7 +2120,13 @@ def write_about(folder, run, seed, about):
 
 
 def read_about(folder):
-    return json.loads((folder / "args.json").read_text())
+    """What `write_about` wrote."""
+    try:
+        about = json.loads((Path(folder) / "args.json").read_text())
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in about["args"].items()}
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json") from None
+    return about | dict(args=saved)
 
 
 def now():
@@ -2236,16 +2147,21 @@ def device_name(device):
 
 def git_state(script):
     """The commit that `script` stands in and whether files differ from it; None outside a repository."""
-
-    def git(*command):
-        command = ["git", "-C", str(script.resolve().parent), *command]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
+    command = [
+        "git",
+        "-C",
+        str(script.resolve().parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
-        commit = git("rev-parse", "HEAD")
-        return dict(commit=commit, dirty=bool(git("status", "--porcelain", "-uno"))) if commit else None
+        text = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         return None
+    return dict(commit=text.removesuffix("-dirty"), dirty=text.endswith("-dirty")) if text else None
 
 
 def write_text(path, text):
@@ -2266,6 +2182,7 @@ class Log:
         self.rows = [row for row in read_csv(self.path) if row["total"] <= total]  # what was logged after is left out
         self.board = SummaryWriter(str(folder), purge_step=total + 1 if total else None)
         self.wandb = start_wandb(folder, seed, run) if run.args.wandb else None
+        run.held.callback(self.close)
 
     def add(self, row):
         self.rows.append(row)
@@ -2299,10 +2216,7 @@ class Log:
         if self.wandb:
             self.wandb.log(values | dict(total=total))
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
+    def close(self):
         with contextlib.suppress(OSError):  # a full disk has been told
             self.board.close()
         if self.wandb:
@@ -2344,7 +2258,7 @@ class Terminal:
     def __init__(self, run):
         self.run, self.bar, self.latest = run, None, ""
         self.counted, self.rate = 0, math.nan  # updates; how many a second in the first hundred
-        self.evaluation_seconds = self.printed = self.refreshed = 0.0
+        self.evaluation_seconds = self.printed = 0.0
         args, data = run.args, run.data
         mean = f", mean return {np.mean(data.episode_returns):.1f}" if len(data.episode_returns) else ""
         limit = run.envs and run.envs[0].assumed_limit
@@ -2359,18 +2273,21 @@ class Terminal:
             if text:
                 print(f"{name:<11} {text}", flush=True)
 
-    def open(self, phase, steps):
-        names = [name for name, length in self.run.phases.items() if length]
-        self.name = f"{phase} ({names.index(phase) + 1} of {len(names)})"
+    def open(self, steps):
         self.bar = tqdm(
-            total=steps, initial=self.run.step, desc=self.name, disable=not sys.stderr.isatty(), dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            total=steps, initial=self.run.step, unit=" updates", disable=not sys.stderr.isatty(), dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}",
         )  # fmt: skip
+        self.name()
+
+    def name(self, note=""):
+        names = [name for name, length in self.run.phases.items() if length]
+        phase = self.run.phase
+        self.bar.set_description_str(f"{phase} ({names.index(phase) + 1} of {len(names)}){note}")
 
     def count(self, stride):
         """After an update. The first, which is slow on a GPU, and a hundred more give the estimate of the time."""
         self.bar.update(stride)
-        self.refresh()
         self.counted += stride
         if self.counted == stride:
             self.run.wait()
@@ -2379,6 +2296,7 @@ class Terminal:
             self.run.wait()
             self.rate = (self.counted - stride) / (time.monotonic() - self.began)
             left = self.seconds_left()
+            self.bar.set_postfix_str(f"{duration(left)} left", refresh=False)
             self.line(f"time        about {duration(left)}, evaluations not counted")
             if self.run.args.device == "cpu" and left > 3 * 3600:
                 warn(f"this takes about {duration(left)} on a CPU; --steps N is a whole run of a smaller size")
@@ -2391,24 +2309,19 @@ class Terminal:
             seconds += steps / rates.get(phase, rates.get(run.phase, self.rate))
         return seconds + steps // run.args.eval_every * self.evaluation_seconds  # the last phase has evaluations
 
-    def refresh(self, note=""):
-        """The bar, twice a second at most; it goes on while an evaluation lasts."""
-        if not self.bar.disable and time.monotonic() - self.refreshed > 0.5:
-            self.refreshed = time.monotonic()
-            self.bar.set_postfix_str(f"{duration(self.seconds_left())} left{self.latest}", refresh=False)
-            self.bar.set_description_str(self.name + note)
-
     def show(self, evaluated):
         """After a row of the log: a line if there was an evaluation; without a terminal every ten seconds too."""
         run, rows = self.run, [log.rows[-1] for log in self.run.logs]
         if evaluated:
             mean = lambda key: f"{key} {np.mean([row[key] for row in rows]):.1f}"
             self.latest = " | " + mean("return") + (f", {mean('score')}" if "score" in rows[0] else "")
+        rate, left = run.rates()[run.phase], duration(self.seconds_left())
+        self.bar.set_postfix_str(f"{left} left{self.latest}", refresh=False)
+        self.name()
         steps, finished = run.phases[run.phase], run.phase in run.done
         if evaluated or (self.bar.disable and (finished or time.monotonic() - self.printed > 10)):
             self.printed = time.monotonic()
             losses = [f"{name} {value:.3g}" for name, value in rows[0].items() if name.endswith("_loss")]
-            rate, left = run.rates()[run.phase], duration(self.seconds_left())
             line = f"{run.phase} {run.step:,}/{steps:,} | {rate:.0f} updates/s, {left} left | {', '.join(losses[:4])}"
             self.line(line + self.latest)
 
@@ -2450,11 +2363,11 @@ def summarise(run, rows, seed):
 
 def print_summary(run, summaries):
     """The closing lines: last evaluation, mean of the last five, best; data and paper; speed, pictures, files."""
-    for when, title in (("last", "last"), ("last_five", "last five"), ("best", "best")):
-        for key in ("return", "score"):
-            if key in summaries[0]:
-                values = [summary[key][when] for summary in summaries]
-                text = f"{title:<11} {key if key == 'return' else score_name(run.args.env)} {np.mean(values):.1f}"
+    for when in ("last", "last_five", "best"):
+        for key, name in (("return", "return"), ("score", score_name(run.args.env))):
+            values = [summary[key][when] for summary in summaries if key in summary]
+            if values:
+                text = f"{when.replace('_', ' '):<11} {name} {np.mean(values):.1f}"
                 if len(values) > 1:
                     each = ", ".join(f"{value:.1f}" for value in values)
                     text += f" ± {np.std(values, ddof=1):.1f} over {len(values)} seeds ({each})"

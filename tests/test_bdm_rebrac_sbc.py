@@ -334,7 +334,7 @@ def linear_gaussian_data(episodes=3000, length=150):
 @pytest.mark.parametrize(("corrected", "expected"), [(True, 0.1956522), (False, 0.1173913)])
 def test_futures_of_a_linear_gaussian_system(corrected, expected):
     data = linear_gaussian_data()
-    index = torch.nonzero(data.step == 0).squeeze(1)
+    index = torch.nonzero(torch.diff(data.episode, prepend=torch.tensor([-1]))).squeeze(1)
     states, valid = Futures(data, 0.9, corrected).draw(index, 100, generator())
     states = states[valid[..., 0] == 1]
     assert valid.mean() > 0.999
@@ -358,7 +358,7 @@ def test_futures_of_a_system_in_two_dimensions():
     zeros = np.zeros(end.size)
     obs = obs.transpose(1, 0, 2).reshape(-1, 2)
     data = Dataset.from_arrays("lg", obs, np.zeros((end.size, 1)), zeros, zeros > 0, end.ravel(), None)
-    index = torch.nonzero(data.step == 0).squeeze(1)
+    index = torch.nonzero(torch.diff(data.episode, prepend=torch.tensor([-1]))).squeeze(1)
     states, valid = Futures(data, 0.95, True).draw(index, 100, generator())
     states = states[valid[..., 0] == 1]
     assert states.mean(0).tolist() == pytest.approx([0.404719, -0.286990], rel=0.02)

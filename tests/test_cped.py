@@ -701,7 +701,7 @@ def test_whole_updates_with_conditional_density_and_dual_alpha(epsilon):
     try:
         rows = torch.randn(64, 14, generator=generator(5))  # s, a, r, s', a', terminal
         rows[:, 13] = (torch.arange(64) % 4 == 0).double()
-        data = Dataset("rows", rows, 3, 3, None, None, np.zeros(1), None, max_action=1.5)
+        data = Dataset("rows", rows, 3, 3, None, np.zeros(1), None, max_action=1.5)
         args = Args(
             device="cpu", batch_size=16, hidden=8, behavior_hidden=8, density="conditional", alpha_mode="dual",
             alpha=(1000.0, 7.0), alpha_lr=0.25, epsilon=epsilon, critic_start=0, q_start=2, behavior_lr=0.002,

@@ -93,7 +93,6 @@ def test_boundaries(tmp_path):
     raw["terminals"][3] = raw["timeouts"][6] = True
     data = common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", raw))
     assert data.episode.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
-    assert data.step.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
     assert data.terminal.tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
     kept = [0, 1, 2, 3, 4, 5, 7, 8]
     np.testing.assert_array_equal(data.next_action, raw["actions"][[i + 1 for i in kept]])
@@ -204,7 +203,8 @@ def test_from_arrays_one_step_episodes():
     obs, action = np.zeros((50, 1), np.float32), rng.uniform(-2, 2, (50, 2)).astype(np.float32)
     reward, flags = rng.random(50).astype(np.float32), np.ones(50, bool)
     data = common.Dataset.from_arrays("b", obs, action, reward, flags, ~flags, None, next_obs=obs, max_action=2.0)
-    assert len(data) == 50 and data.terminal.all() and not data.step.any() and data.max_action == 2.0
+    assert len(data) == 50 and data.terminal.all() and data.max_action == 2.0
+    assert data.episode.tolist() == list(range(50))
     np.testing.assert_array_equal(data.action, action)
     np.testing.assert_allclose(data.episode_returns, reward)
 
@@ -269,7 +269,7 @@ def test_rows_out_of_order(tmp_path, capsys, order, marks):
     data = load(tmp_path, {key: value[rows] for key, value in raw.items() if marks or key != "timeouts"})
     assert len(data) == len(rows) and "not in time order" in capsys.readouterr().out
     check_transitions(data, raw)
-    assert data.episode is None and data.step is None and len(data.episode_returns) == 0
+    assert data.episode is None and len(data.episode_returns) == 0
     assert data.sample(5, torch.Generator()).next_action.isnan().all() and len(data.to("cpu").fingerprint) == 16
     with pytest.raises(common.UserError, match="Pendulum-v1: this method needs next actions, unknown here: .* order"):
         data.next_action  # noqa: B018
@@ -733,7 +733,9 @@ def test_minari(toy_data, by_path):
     at = data.obs[:, 1]
     np.testing.assert_array_equal(data.obs, torch.stack([at / 2, at, -at], 1))  # keys in the order of the space
     np.testing.assert_array_equal(data.next_obs[:, 1], at + 1)  # no successor comes from another episode
-    last = data.step == torch.where(data.episode % 2 == 0, 7, 4)
+    assert data.episode.tolist() == [0] * 8 + [1] * 5 + [2] * 8 + [3] * 5
+    last = torch.zeros(26, dtype=bool)
+    last[[7, 12, 20, 25]] = True
     assert torch.equal(data.next_action[~last], data.action[torch.where(~last)[0] + 1])
     assert torch.equal(data.next_action[last], data.action[last])
 

@@ -107,7 +107,7 @@ def test_mirror_helps(server, tmp_path, failure):
     [
         ("403", "HTTP Error 403: Forbidden"),
         ("404", "HTTP Error 404"),
-        ("page", "answered with a page"),
+        ("page", "neither an HDF5 file nor an .npz but a web page"),
         ("cut", f"cut off: got {len(GOOD) // 2} of {len(GOOD)} bytes"),
         ("half", f"not a complete HDF5 file .found {len(GOOD) // 2} bytes, expected {len(GOOD)} or 77"),
     ],
@@ -146,7 +146,7 @@ def test_half_file_in_cache(server, tmp_path):
 
 def test_keys_are_checked(server, monkeypatch):
     monkeypatch.setattr(common, "NEEDED", ("obs", "next_obs"))
-    with pytest.raises(common.RunError, match="the file has no next_observations"):
+    with pytest.raises(common.RunError, match="has no next_observations; found actions, observations"):
         common.download(NAME)
 
 

@@ -103,7 +103,7 @@ class Case:
         episode = (terminal.cumsum(0) - terminal).squeeze(1).long()
         rows = torch.cat([obs, action, reward, next_obs, next_action, terminal], 1)
         max_action = self.spec.get("max_action", dims["max_action"])
-        return Dataset("golden", rows, s, a, episode, torch.zeros(n), np.zeros(1), None, max_action)
+        return Dataset("golden", rows, s, a, episode, np.zeros(1), None, max_action)
 
     def make_learner(self):
         name = LEARNERS[self.module.__name__]

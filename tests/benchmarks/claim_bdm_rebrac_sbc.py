@@ -263,7 +263,7 @@ def some(states, n=2500):
 def clone(whole, envs, episodes, c_s, seed, updates):
     """Energy distance to the data's states and return, means of five evaluations in the second half of training."""
     mine = whole.episode < episodes
-    data = replace(whole, rows=whole.rows[mine].clone(), episode=whole.episode[mine], step=whole.step[mine])
+    data = replace(whole, rows=whole.rows[mine].clone(), episode=whole.episode[mine])
     mean, std = whole.obs.mean(0), whole.obs.std(0)
     args = Args(**script.DEMO | dict(env=whole.name, device="cpu", sbc_only=True, corrected=True, w_s=c_s**0.5))
     learner = BDM(args, data, seed)
