@@ -1459,13 +1459,13 @@ def read_flags(parser, argv):
 def find_settings(env, settings):
     """The settings of `env`, and the name of its nearest relative if they are that one's (then without its score).
 
-    The nearest is the key that shares most words with `env`; none where even the task differs.
+    The nearest is the key that shares most words with `env`, of built-in data last; none where even the task differs.
     """
     families = [key for key in settings if env == key or env.startswith(key + "-") and built_in(env)]
     if families:
         return settings[max(families, key=len)], None
     words = lambda name: set(re.split(r"[-/_]", name.lower()))
-    likeness = lambda key: len(words(key) & words(env)) - 0.1 * len(words(key) - words(env))
+    likeness = lambda key: (key in DATASETS, len(words(key) & words(env)) - 0.1 * len(words(key) - words(env)))
     relative = max([key for key in settings if key.split("-")[0] in words(env)], key=likeness, default=None)
     return {key: value for key, value in settings.get(relative, {}).items() if key != "paper_score"}, relative
 
@@ -1946,9 +1946,9 @@ class Run:
         def tick():
             if self.signal:
                 raise Stopped
+            self.terminal.evaluating(time.monotonic() - begin)
 
         begin, found = time.monotonic(), []
-        self.terminal.name(", evaluating")
         try:
             for learner, seed in zip(self.learners, self.args.seed):
                 found.append(evaluate(policy_of(learner), self.envs, evaluation_seed(seed), tick))
@@ -2258,7 +2258,7 @@ class Terminal:
     def __init__(self, run):
         self.run, self.bar, self.latest = run, None, ""
         self.counted, self.rate = 0, math.nan  # updates; how many a second in the first hundred
-        self.evaluation_seconds = self.printed = 0.0
+        self.evaluation_seconds = self.printed = self.refreshed = 0.0
         args, data = run.args, run.data
         mean = f", mean return {np.mean(data.episode_returns):.1f}" if len(data.episode_returns) else ""
         limit = run.envs and run.envs[0].assumed_limit
@@ -2284,6 +2284,12 @@ class Terminal:
         names = [name for name, length in self.run.phases.items() if length]
         phase = self.run.phase
         self.bar.set_description_str(f"{phase} ({names.index(phase) + 1} of {len(names)}){note}")
+
+    def evaluating(self, seconds):
+        """The bar goes on while an evaluation lasts, twice a second at most."""
+        if not self.bar.disable and time.monotonic() - self.refreshed > 0.5:
+            self.refreshed = time.monotonic()
+            self.name(f", evaluating for {duration(seconds)}")
 
     def count(self, stride):
         """After an update. The first, which is slow on a GPU, and a hundred more give the estimate of the time."""

@@ -93,10 +93,11 @@ def test_built_in_data_get_settings_for_a_cpu(script, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("script", LEARNERS)
-def test_a_relative_lends_its_settings_but_not_its_score(script, monkeypatch, capsys):
-    args = settings(script, "--env Hopper-v4 --data-path mine.hdf5", monkeypatch)
+@pytest.mark.parametrize("robot", ["Hopper", "HalfCheetah"])  # of which there are built-in data too
+def test_a_relative_lends_its_settings_but_not_its_score(script, robot, monkeypatch, capsys):
+    args = settings(script, f"--env {robot}-v4 --data-path mine.hdf5", monkeypatch)
     assert args.paper_score is None and args.steps >= 1_000_000
-    assert "using those of hopper-" in capsys.readouterr().out
+    assert f"using those of {robot.lower()}-" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", LEARNERS)
