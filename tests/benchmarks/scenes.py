@@ -1,7 +1,7 @@
 """Six methods on 2-D scenes, in one picture: a row for each scene, a column for each method.
 
     python tests/benchmarks/scenes.py              # writes tests/figures/scenes.png and tests/results/scenes.json
-    python tests/benchmarks/scenes.py --seed 1 --scenes 8gaussians ring 3gaussians   # writes to runs/scenes instead
+    python tests/benchmarks/scenes.py --seed 1 --scenes moons rings                  # writes to runs/scenes instead
 
 Every panel is `python <script>.py --env bandit-<scene>` with the script's one set of settings for bandits, a minute or
 two each. There is one state: dots are actions of the data, coloured by their
@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 from common import load_dataset, load_policy  # noqa: E402
 
 LEARNERS = dict(dtql="DTQL", srpo="SRPO", dac="DAC", qdq="QDQ", cped="CPED", bdm_rebrac_sbc="BDM")
-SCENES = ("8gaussians",)
+TITLES = dict(BDM="ReBRAC")  # one state has no futures to clone
+SCENES = ("8gaussians", "3gaussians", "ring")
 SEED, OUT = 0, ROOT / "runs" / "scenes"
 
 
@@ -69,7 +70,10 @@ def draw(path, actions, numbers, scenes):
             panel.scatter(*data.action[::4].T, c=data.reward[::4], s=2, cmap="viridis")
             panel.scatter(*action.T, c="red", s=3 if np.std(action, 0).max() > 0.02 * size else 40)  # many dots or one
             panel.set(xlim=(-size, size), ylim=(-size, size), aspect="equal", xticks=[], yticks=[])
-            panel.set(title=name, xlabel=f"reward {numbers[script, scene]['reward']:.2f}")
+            panel.set(
+                title=TITLES.get(name, name) if scene == scenes[0] else "",
+                xlabel=f"reward {numbers[script, scene]['reward']:.2f}",
+            )
         row[0].set_ylabel(f"{scene}\n(data: reward {data.reward.mean():.2f})", fontsize=11)
     figure.savefig(path, dpi=80)
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
