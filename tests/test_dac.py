@@ -527,6 +527,19 @@ def test_equal_returns_are_left_alone(capsys):
     assert data.reward.tolist() == [1, 1, 1, 1] and "same return" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("env, scaled", [("pendulum-demo-medium", True), ("bandit-moons", False)])
+def test_rewards_and_actions_of_scenes_are_left_alone(env, scaled, monkeypatch):
+    seen, raw = [], common.load_dataset(env)
+    monkeypatch.setattr(dac, "Run", lambda args, learners, data, *_: seen.append(data) or 1 / 0)  # far enough
+    monkeypatch.setattr(sys, "argv", f"dac.py --env {env} --device cpu".split())
+    with pytest.raises(ZeroDivisionError):
+        dac.main()
+    (data,) = seen
+    spread = dac.piece_returns(data).max() - dac.piece_returns(data).min()
+    assert (spread.item() == pytest.approx(1000, rel=1e-4)) == scaled
+    assert torch.equal(data.rows, raw.rows) != scaled
+
+
 def test_bandit_run_draws_a_figure(tmp_path, monkeypatch):
     command = f"dac.py --env bandit-moons --device cpu --steps 5 --eval-episodes 2 --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())

@@ -97,6 +97,7 @@ def test_command_line(name, tmp_path):
     assert not list(run.glob("*.part")) and not (tmp_path / "MUJOCO_LOG.TXT").exists()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["evaluations"] == 2 and math.isfinite(summary["return"]["last"])
+    assert summary["protocol"] == importlib.import_module(name).PROTOCOL
     rows = common.read_csv(run / "metrics.csv")
     assert [row["step"] for row in rows if "return" in row] == [10, 20]
     assert len({row["phase"] for row in rows}) == len(summary["updates_per_second"])
@@ -194,6 +195,39 @@ def test_tables_name_real_fields_and_datasets(name):
         assert set(table) <= set(vars(module.Args())), env
         assert env.startswith("bandit-") or env in names, env
     assert set(getattr(module, "PUBLISHED", {})) <= set(module.PAPER) and module.PROTOCOL
+
+
+PHASES = dict(  # updates in one call, whether the policy is evaluated
+    bdm_rebrac_sbc=dict(update=(2, True)), cped=dict(behavior=(5, False), policy=(2, True)), dac=dict(update=(1, True)),
+    dtql=dict(pretrain=(1, False), update=(1, True)),
+    qdq=dict(score=(1, False), consistency=(5, False), policy=(2, True)),
+    srpo=dict(critic=(1, False), behavior=(1, False), policy=(1, True)),
+)  # fmt: skip
+
+
+@every_script
+def test_what_main_hands_to_the_run(name, start, monkeypatch):
+    module, asked = importlib.import_module(name), {}
+
+    class Run:
+        folders = ()
+
+        def __init__(self, args, learners, data, script, protocol, phases):
+            assert [learner.generator.initial_seed() for learner in learners] == [3, 5]
+            assert all(learner.args is args and learner.data is data for learner in learners)
+            assert (Path(script), protocol) == (ROOT / f"{name}.py", module.PROTOCOL)
+            assert list(phases) == list(PHASES[name])
+
+        def updates(self, phase, stride=1, evaluate=False, at_end=None):
+            asked[phase] = stride, evaluate
+            return ()
+
+        def finish(self):
+            asked["finished"] = True
+
+    monkeypatch.setattr(module, "Run", Run)
+    start(name, "--seed", 3, 5)
+    assert list(asked.items()) == [*PHASES[name].items(), ("finished", True)]
 
 
 @every_script
