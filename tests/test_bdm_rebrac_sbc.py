@@ -703,6 +703,14 @@ def test_bdm_alone_learns_the_next_state_and_beyond():
         assert (future - a).abs().lt(0.25).float().mean() > 0.45  # near the next state
 
 
+def test_target_of_a_bdm_alone_moves_after_the_first_update(monkeypatch):
+    learner, done = script.BDMOnly(Args(device="cpu", bdm_only="data", bdm_hidden=8), toy_data(), 0), []
+    monkeypatch.setattr(learner, "bdm_step", lambda *_: done.append("step"))
+    monkeypatch.setattr(script, "update_target", lambda target, net, tau: done.append((target, net, tau)))
+    learner.update()
+    assert done == ["step", (learner.bdm_target, learner.bdm, 0.005), "step"]
+
+
 def test_bdm_alone_follows_the_policy_of_another_run():
     """Its actions at the next states, from states in that run's scale; a checkpoint holds it."""
     data = toy_data()
@@ -783,11 +791,12 @@ def test_a_bdm_always_has_states_in_one_scale(parse):
 def around(monkeypatch):
     """around(**settings): main() without training, on toy data; what it made and asked for."""
 
-    def around(**settings):
+    def around(checkpoint=True, **settings):
         seen = {}
 
         class Run:
-            folders, phase = [], "update"  # as restored from a checkpoint
+            folders = []
+            phase = "update" if checkpoint else ""  # as restored
 
             def __init__(self, args, learners, data, *_):
                 seen.update(args=args, learners=learners, data=data)
@@ -839,6 +848,8 @@ def test_main_leaves_states_raw_for_rebrac_and_takes_the_policy_that_a_bdm_alone
     assert type(seen["learners"][0]) is script.BDMOnly and seen["asked"][1]["evaluate"] is False
     assert torch.equal(flat(seen["learners"][0].actor), flat(policy.actor)) and seen["args"].hidden == 16
     around(bdm_only="gone", w_s=0.0, resume=True)  # its checkpoint holds the policy
+    seen = around(bdm_only="run", w_s=0.0, hidden=16, resume=True, checkpoint=False)
+    assert torch.equal(flat(seen["learners"][0].actor), flat(policy.actor))
 
 
 @pytest.fixture

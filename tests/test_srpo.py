@@ -330,6 +330,15 @@ def test_reward_scale_over_windows():
         srpo.scale_rewards(dataset(torch.ones(500)))
 
 
+def test_main_scales_rewards_before_it_adds_the_offset(start, monkeypatch):
+    monkeypatch.setattr(srpo, "Run", lambda args, learners, data, *_: seen.append(data) or 1 / 0)  # far enough
+    seen, raw = [], common.load_dataset("pendulum-demo-medium")
+    srpo.scale_rewards(raw)
+    with pytest.raises(ZeroDivisionError):
+        start("--scale-rewards", "--reward-offset", 2)
+    assert torch.allclose(seen[0].reward, raw.reward + 2)
+
+
 TINY = "--device cpu --env pendulum-demo-medium --steps 4 --batch-size 16 --behavior-batch-size 16 --eval-episodes 0"
 
 
