@@ -478,6 +478,7 @@ def test_guidance(guidance, scale, loss):
     learner.critic_target = LinearCritic([[2.0]], [2.0])
     learner.actor_step(batch_of(torch.zeros(8192, 1)))
     assert learner.metrics.read()["actor_loss"] == pytest.approx(loss, rel=0.01)
+    assert learner.eta == 0  # only the dual step keeps it above 0.001
 
 
 def test_denoised_guidance_climbs_through_the_chain():
