@@ -381,14 +381,14 @@ def test_reuse(start, refusal, tmp_path, capsys):
     assert {row["phase"] for row in common.read_csv(runs[1] / "metrics.csv")} == {"policy"}
 
     moved = source.rename(tmp_path / "moved")  # a run that reused resumes without its source
-    again = ("--out", tmp_path / "second", "--beta", 0.5, "--reuse", source, "--seed", 1, "--resume")
-    start(*again)
+    start("--resume", runs[1])
     (runs[1] / "checkpoint.pt").unlink()  # but not before its first checkpoint
     with pytest.raises(SystemExit):
-        start(*again)
+        start("--resume", runs[1])
     moved.rename(source)
-    start(*again)
-    assert torch.equal(common.load_checkpoint(runs[1])["learner"]["behavior"]["freqs"], first["behavior"]["freqs"])
+    start("--resume", runs[1])
+    again = common.load_checkpoint(runs[1])["learner"]
+    assert torch.equal(again["behavior"]["first.weight"], first["behavior"]["first.weight"])
 
     assert "holds no checkpoint" in refusal("--reuse", source, "--seed", 2)
     assert "was made with --seed 1" in refusal("--reuse", source / "seed1")
