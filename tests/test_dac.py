@@ -490,7 +490,8 @@ def test_denoised_guidance_climbs_through_the_chain():
 
 
 def test_unclipped_sampler():
-    obs = torch.zeros(100, 3)
+    obs, small = torch.zeros(100, 3), make_learner(max_action=0.5)
+    assert small.sample_actions(small.actor, obs, generator()).abs().max() == 0.5
     clipped, free = (make_learner(clip_denoised=clip) for clip in (True, False))
     assert clipped.sample_actions(clipped.actor, obs, generator()).abs().max() <= 1
     assert free.sample_actions(free.actor, obs, generator()).abs().max() > 1
@@ -545,4 +546,6 @@ def test_bandit_run_draws_a_figure(tmp_path, monkeypatch):
     command = f"dac.py --env bandit-moons --device cpu --steps 5 --eval-episodes 2 --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())
     common.cli(dac.main)
-    assert (tmp_path / "dac" / "bandit-moons" / "seed0" / "bandit.png").stat().st_size > 10_000
+    folder = tmp_path / "dac" / "bandit-moons" / "seed0"
+    assert (folder / "bandit.png").stat().st_size > 10_000
+    assert common.load_checkpoint(folder)["learner"]["step"] == 5  # in one call

@@ -339,3 +339,24 @@ def test_kl_leaves_out_the_likelihood_of_the_table_and_has_its_own_scores(monkey
     assert capsys.readouterr().out == ""
     args = parse(monkeypatch, "--env antmaze-umaze-v0")
     assert args.nll_weight == 1 and args.paper_score == 94.8
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_generator_is_a_copy_of_the_behaviour_model_if_there_was_a_head_start(steps, monkeypatch):
+    class Run:
+        def __init__(self, args, learners, *_):
+            self.learner = learners[0]
+
+        def updates(self, phase, evaluate=False, at_end=None):
+            if at_end:
+                at_end()
+            return ()
+
+        def finish(self):
+            for net in (self.learner.actor, self.learner.fake):
+                assert same(values(self.learner.behavior), net) == (steps > 0)
+
+    monkeypatch.setattr(dtql, "Run", Run)
+    flags = f"--env pendulum-demo-medium --behavior-reg kl --pretrain-steps {steps} --device cpu"
+    monkeypatch.setattr(sys, "argv", ["dtql.py", *flags.split()])
+    dtql.main()

@@ -589,7 +589,7 @@ def run_folder(tmp_path, out="a"):
 
 
 def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path, capsys):
-    first = start()["learner"]
+    first = start("--score-steps", 3, "--consistency-steps", 5)["learner"]
     second = start("--reuse", run_folder(tmp_path), out="b")["learner"]
     for name in ("score", "consistency", "consistency_target"):
         assert all(torch.equal(first[name][key], second[name][key]) for key in first[name])
@@ -605,7 +605,7 @@ def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path, capsys):
     assert torch.equal(first["score"]["net.0.weight"], second["score"]["net.0.weight"])
     capsys.readouterr()
     start("--reuse", run_folder(tmp_path, "b"), out="c")  # a run that reused can be reused
-    assert "score model after 2, consistency model after 2 updates" in capsys.readouterr().out
+    assert "score model after 3, consistency model after 5 updates" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
