@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from matplotlib.figure import Figure
 
 import bdm_rebrac_sbc as script
 import common
@@ -725,6 +726,27 @@ def test_bdm_alone_follows_the_policy_of_another_run():
     batch = data.split(data.rows[:10])
     for one in (learner, again):
         assert torch.allclose(one.next_action(batch), policy.act(0.5 * batch.next_obs + 5, None), atol=1e-6)
+
+
+def test_figure_shows_each_row_with_its_futures_in_the_units_of_the_data(monkeypatch):
+    data, panels = toy_data(), []
+    learner = make_learner(data)
+    learner.use_data(learner.futures, torch.tensor([5.0, 6.0, 7.0]), torch.tensor([1.0, 3.0, 2.0]))  # widest: 1, 2
+    valid = torch.ones(3, 500, 1)
+    valid[:, 250:] = 0
+    draw = lambda index, k, _: ((data.obs[index] + 1).unsqueeze(1).expand(-1, k, -1), valid)
+    monkeypatch.setattr(learner.futures, "draw", draw)
+    monkeypatch.setattr(learner, "sample_futures", lambda obs, action, _: obs + action.sum(1, keepdim=True))
+    monkeypatch.setattr(script, "save_figure", lambda path, *functions: panels.extend(functions))
+    script.draw_futures(learner, None)
+    for row, panel in zip((len(data) * i // 7 for i in (1, 3, 5)), panels):
+        axes = Figure().subplots()
+        panel(axes)
+        of_data, of_model, start = (torch.as_tensor(points.get_offsets()).float() for points in axes.collections)
+        obs = (data.obs[row] * learner.obs_std + learner.obs_mean)[1:]
+        assert torch.allclose(start, obs[None]) and torch.allclose(of_model, obs + data.action[row].sum())
+        assert torch.allclose(of_data, (obs + learner.obs_std[1:]).expand(250, 2))
+        assert axes.get_title() == f"future states of row {row}" and axes.get_xlabel() == "state 1"
 
 
 # Command line

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import common
@@ -540,6 +541,50 @@ def test_start_from_teacher():
     learner.start_from_teacher()
     teacher = snapshot(learner.score)
     assert same(learner.consistency, teacher) and same(learner.consistency_target, teacher)
+
+
+# Figures
+
+
+def axes_of(draw, *inputs, monkeypatch):
+    """The panels of a figure, as drawn."""
+    panels = []
+    monkeypatch.setattr(qdq, "save_figure", lambda path, *functions: panels.extend(functions))
+    draw(*inputs, None)
+    axes = Figure().subplots(1, len(panels), squeeze=False)[0]
+    for panel, function in zip(axes, panels):
+        function(panel)
+    return axes
+
+
+def test_returns_figure_names_the_models_and_orders_the_pairs(monkeypatch):
+    """Models that always say .5 and -.5, returns from -10 to 30 in no order."""
+    learner = make_learner()
+    learner.q_rows = learner.q_rows[torch.randperm(64, generator=generator())]
+    learner.consistency = lambda x, t, pair: torch.full_like(x, 0.5)
+    learner.score = lambda x, t, pair: torch.full_like(x, -0.5)
+    axes = axes_of(qdq.draw_returns, learner, monkeypatch=monkeypatch)
+    for panel in axes:
+        found = {patch.get_label(): patch.get_xy() for patch in panel.patches if "model" in patch.get_label()}
+        places = [x[y > 0].mean() for x, y in (found[name].T for name in found)]
+        assert [name.split()[0] for name in found] == ["consistency", "score"]
+        assert places == [pytest.approx(20, abs=1), pytest.approx(0, abs=1)]
+    assert sum(patch.get_height() * patch.get_width() for patch in axes[0].patches[:60]) == pytest.approx(1)
+    assert [panel.lines[0].get_xdata()[0] for panel in axes[1:]] == pytest.approx(
+        [-10 + 40 * i / 63 for i in (6, 31, 56)]
+    )
+
+
+def test_uncertainty_figure_tells_the_data_from_random_actions(monkeypatch):
+    data = make_data()
+    data.action.fill_(2.0)
+    learner = make_learner(data)
+    learner.uncertainty = lambda obs, action, _: action[:, 0]
+    (axes,) = axes_of(qdq.draw_uncertainty, learner, data, monkeypatch=monkeypatch)
+    assert axes.get_title().startswith("median H 2 in data, ") and axes.get_title().split()[5] != "2"
+    of_data, random = axes.patches[:49], axes.patches[49:]
+    assert (of_data[0].get_label(), random[0].get_label()) == ("actions of the data", "random actions")
+    assert of_data[-1].get_height() == 1000 > random[-1].get_height()
 
 
 # Settings and the command line

@@ -368,7 +368,7 @@ def test_reuse(start, refusal, tmp_path, capsys):
     """A second run takes critic and behaviour model of its seed, and trains only the policy."""
     start("--out", tmp_path / "first", "--seed", 0, 1, "--critic-steps", 5, "--behavior-steps", 7)
     source = tmp_path / "first" / "srpo" / "pendulum-demo-medium"
-    start("--out", tmp_path / "second", "--beta", 0.5, "--reuse", source, "--seed", 1)
+    start("--out", tmp_path / "second", "--beta", 0.5, "--reuse", source, "--seed", 0, 1)
     start("--out", tmp_path / "third", "--beta", 0.7, "--reuse", tmp_path / "second/srpo/pendulum-demo-medium/seed1",
           "--seed", 1)  # fmt: skip
     assert "critic after 5, behaviour model after 7 updates" in capsys.readouterr().out  # of the first run
