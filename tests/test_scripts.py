@@ -230,6 +230,31 @@ def test_what_main_hands_to_the_run(name, start, monkeypatch):
 
 
 @every_script
+def test_an_environment_is_needed_only_to_evaluate(name, start, monkeypatch):
+    asked = []
+
+    def load_dataset(*_, judge, **more):
+        asked.append(judge)
+        raise common.UserError("far enough")
+
+    monkeypatch.setattr(importlib.import_module(name), "load_dataset", load_dataset)
+    for episodes in (0, 1):
+        with pytest.raises(SystemExit):
+            start(name, "--eval-episodes", episodes)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("name", ["bdm_rebrac_sbc", "dac", "qdq", "srpo"])
+def test_rows_in_no_order_are_refused_where_episodes_count(name, start, monkeypatch, capsys):
+    data = common.load_dataset(ENV)
+    data.episode = data.step = None
+    monkeypatch.setattr(importlib.import_module(name), "load_dataset", lambda *_, **more: data)
+    with pytest.raises(SystemExit):
+        start(name)
+    assert "order" in capsys.readouterr().err
+
+
+@every_script
 def test_nan_in_the_data_stops_the_run(name, start, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(name)
     plain = common.load_dataset
