@@ -396,29 +396,6 @@ def test_dual_equilibrium():
     assert np.mean(etas[-200:]) == pytest.approx(0.4295, abs=0.01)
 
 
-def test_bandit_with_a_learned_critic():
-    """r = a . (1, -.5) and every row terminal: the critics become r, C its mean size, g = (1, -.5) / .4065."""
-
-    def sample(n, g):
-        action = blob(n, g)
-        batch = batch_of(action)
-        return batch._replace(reward=action @ torch.tensor([1.0, -0.5]))
-
-    learner = make_learner(1, 2, sample=sample, batch_size=512, steps=2500, eta_lr=0.0)
-    torch.manual_seed(0)
-    critic = LinearCritic(torch.randn(3, 2).tolist(), [0.0] * 3)
-    give(learner, 1e-2, actor=Affine(2), critic=critic)
-    for _ in range(500):
-        learner.update()
-    obs, action = torch.zeros(4096, 1), blob(4096, generator())
-    gradient, scale = q_gradient(learner.critic_target, obs, action, action)
-    assert scale.item() == pytest.approx(0.4065, abs=0.01)
-    assert gradient.mean(0).tolist() == pytest.approx([2.46, -1.23], abs=0.07)
-    with torch.no_grad():
-        action = learner.sample_actions(learner.actor, torch.zeros(100_000, 1), generator())
-    assert action.mean(0).tolist() == pytest.approx([0.667, -0.418], abs=0.02)
-
-
 def two_points(low, high):
     """The exact noise predictor of data that are `low` or `high`, half of the time each."""
     points = torch.tensor([low, high])
