@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from matplotlib.figure import Figure
 
 import cped
 from common import Batch, Dataset, UserError, get_state, load_dataset, set_state
@@ -589,6 +590,51 @@ def test_a_scene_is_drawn_as_a_plane(tmp_path, monkeypatch):
     monkeypatch.setattr(cped, "draw_density", None)
     cped.main()
     assert (tmp_path / "cped" / "bandit-ring" / "seed0" / "density.png").stat().st_size > 10_000
+
+
+def axes_of(draw, learner, data, monkeypatch):
+    """The panels of a figure, as drawn."""
+    panels = []
+    monkeypatch.setattr(cped, "save_figure", lambda path, *functions, **_: panels.extend(functions))
+    draw(learner, data, None)
+    axes = Figure().subplots(1, len(panels), squeeze=False)[0]
+    for panel, function in zip(axes, panels):
+        function(panel)
+    return axes
+
+
+def test_plane_has_the_first_action_to_the_right(monkeypatch):
+    """A density around (.5, -.5), Q that grows to the lower right, a policy at (.2, -.7)."""
+    learner = SimpleNamespace(
+        generator=generator(),
+        behavior=SimpleNamespace(nll=lambda obs, action: 9 * ((action - torch.tensor([0.5, -0.5])) ** 2).sum(-1)),
+        critic=lambda obs, action: torch.stack([-action[:, 0], action[:, 0] - action[:, 1] - 9]),
+        actor=lambda obs: torch.tensor([[0.2, -0.7]]),
+    )
+    data = SimpleNamespace(max_action=1.0, action=torch.rand(50, 2), name="plane")
+    (axes,) = axes_of(cped.draw_plane, learner, data, monkeypatch)
+    density = axes.images[0].get_array()
+    assert np.unravel_index(density.argmax(), density.shape) == (50, 149) and axes.images[0].origin == "lower"
+    some, best, policy = (points.get_offsets().tolist() for points in axes.collections)
+    assert some == data.action[::10].tolist() and best == [[1, -1]] and policy == [pytest.approx([0.2, -0.7])]
+
+
+def test_density_figure_shows_each_action_near_one_state(monkeypatch):
+    """At half of the rows, the middle one among them, the actions are (.5, -.5), elsewhere 0."""
+    near = torch.arange(1000) % 2 == 0
+    action = near[:, None] * torch.tensor([0.5, -0.5])
+    data = SimpleNamespace(obs=near[:, None].float(), action=action, action_dim=2)
+    data = type("Data", (SimpleNamespace,), dict(__len__=lambda self: 1000))(**vars(data))
+    learner = SimpleNamespace(
+        behavior=SimpleNamespace(nll=lambda obs, a: 1e6 * ((a - action[0]) ** 2).sum(-1)),
+        actor=lambda obs: torch.tensor([[0.3, -0.8]]),
+    )
+    for j, axes in enumerate(axes_of(cped.draw_density, learner, data, monkeypatch)):
+        *bars, outline = axes.patches
+        assert [bar.get_x() for bar in bars if bar.get_height()] == [pytest.approx([0.5, -0.5][j], abs=0.06)]
+        x, y = outline.get_xy().T
+        assert x[y > 0].mean() == pytest.approx([0.5, -0.5][j], abs=0.06)
+        assert axes.lines[0].get_xdata()[0] == pytest.approx([0.3, -0.8][j]) and axes.get_title() == f"action {j}"
 
 
 # Our own readings, without an official counterpart: whole updates against straight lines

@@ -396,29 +396,6 @@ def test_dual_equilibrium():
     assert np.mean(etas[-200:]) == pytest.approx(0.4295, abs=0.01)
 
 
-def test_bandit_with_a_learned_critic():
-    """r = a . (1, -.5) and every row terminal: the critics become r, C its mean size, g = (1, -.5) / .4065."""
-
-    def sample(n, g):
-        action = blob(n, g)
-        batch = batch_of(action)
-        return batch._replace(reward=action @ torch.tensor([1.0, -0.5]))
-
-    learner = make_learner(1, 2, sample=sample, batch_size=512, steps=2500, eta_lr=0.0)
-    torch.manual_seed(0)
-    critic = LinearCritic(torch.randn(3, 2).tolist(), [0.0] * 3)
-    give(learner, 1e-2, actor=Affine(2), critic=critic)
-    for _ in range(500):
-        learner.update()
-    obs, action = torch.zeros(4096, 1), blob(4096, generator())
-    gradient, scale = q_gradient(learner.critic_target, obs, action, action)
-    assert scale.item() == pytest.approx(0.4065, abs=0.01)
-    assert gradient.mean(0).tolist() == pytest.approx([2.46, -1.23], abs=0.07)
-    with torch.no_grad():
-        action = learner.sample_actions(learner.actor, torch.zeros(100_000, 1), generator())
-    assert action.mean(0).tolist() == pytest.approx([0.667, -0.418], abs=0.02)
-
-
 def two_points(low, high):
     """The exact noise predictor of data that are `low` or `high`, half of the time each."""
     points = torch.tensor([low, high])
@@ -478,6 +455,7 @@ def test_guidance(guidance, scale, loss):
     learner.critic_target = LinearCritic([[2.0]], [2.0])
     learner.actor_step(batch_of(torch.zeros(8192, 1)))
     assert learner.metrics.read()["actor_loss"] == pytest.approx(loss, rel=0.01)
+    assert learner.eta == 0  # only the dual step keeps it above 0.001
 
 
 def test_denoised_guidance_climbs_through_the_chain():
@@ -489,7 +467,8 @@ def test_denoised_guidance_climbs_through_the_chain():
 
 
 def test_unclipped_sampler():
-    obs = torch.zeros(100, 3)
+    obs, small = torch.zeros(100, 3), make_learner(max_action=0.5)
+    assert small.sample_actions(small.actor, obs, generator()).abs().max() == 0.5
     clipped, free = (make_learner(clip_denoised=clip) for clip in (True, False))
     assert clipped.sample_actions(clipped.actor, obs, generator()).abs().max() <= 1
     assert free.sample_actions(free.actor, obs, generator()).abs().max() > 1
@@ -527,8 +506,23 @@ def test_equal_returns_are_left_alone(capsys):
     assert data.reward.tolist() == [1, 1, 1, 1] and "same return" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("env, scaled", [("pendulum-demo-medium", True), ("bandit-moons", False)])
+def test_rewards_and_actions_of_scenes_are_left_alone(env, scaled, monkeypatch):
+    seen, raw = [], common.load_dataset(env)
+    monkeypatch.setattr(dac, "Run", lambda args, learners, data, *_: seen.append(data) or 1 / 0)  # far enough
+    monkeypatch.setattr(sys, "argv", f"dac.py --env {env} --device cpu".split())
+    with pytest.raises(ZeroDivisionError):
+        dac.main()
+    (data,) = seen
+    spread = dac.piece_returns(data).max() - dac.piece_returns(data).min()
+    assert (spread.item() == pytest.approx(1000, rel=1e-4)) == scaled
+    assert torch.equal(data.rows, raw.rows) != scaled
+
+
 def test_bandit_run_draws_a_figure(tmp_path, monkeypatch):
     command = f"dac.py --env bandit-moons --device cpu --steps 5 --eval-episodes 2 --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())
     common.cli(dac.main)
-    assert (tmp_path / "dac" / "bandit-moons" / "seed0" / "bandit.png").stat().st_size > 10_000
+    folder = tmp_path / "dac" / "bandit-moons" / "seed0"
+    assert (folder / "bandit.png").stat().st_size > 10_000
+    assert common.load_checkpoint(folder)["learner"]["step"] == 5  # in one call

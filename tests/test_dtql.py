@@ -94,6 +94,8 @@ def test_sigma_law():
     assert c_skip.min() >= 3.9e-5 and c_skip.max() <= 0.999985
     quantiles = torch.quantile(sigma, torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]))
     assert quantiles.tolist() == pytest.approx([1 / 6, 0.288675, 0.5, 0.866025, 1.5], rel=0.01)
+    small = sigma[sigma < 0.01]  # where 1 - c_skip has lost its digits in float32
+    assert len(small.unique()) == len(small) > 300
 
 
 def test_preconditioning():
@@ -339,3 +341,24 @@ def test_kl_leaves_out_the_likelihood_of_the_table_and_has_its_own_scores(monkey
     assert capsys.readouterr().out == ""
     args = parse(monkeypatch, "--env antmaze-umaze-v0")
     assert args.nll_weight == 1 and args.paper_score == 94.8
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_generator_is_a_copy_of_the_behaviour_model_if_there_was_a_head_start(steps, monkeypatch):
+    class Run:
+        def __init__(self, args, learners, *_):
+            self.learner = learners[0]
+
+        def updates(self, phase, evaluate=False, at_end=None):
+            if at_end:
+                at_end()
+            return ()
+
+        def finish(self):
+            for net in (self.learner.actor, self.learner.fake):
+                assert same(values(self.learner.behavior), net) == (steps > 0)
+
+    monkeypatch.setattr(dtql, "Run", Run)
+    flags = f"--env pendulum-demo-medium --behavior-reg kl --pretrain-steps {steps} --device cpu"
+    monkeypatch.setattr(sys, "argv", ["dtql.py", *flags.split()])
+    dtql.main()

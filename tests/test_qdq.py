@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import common
@@ -542,6 +543,50 @@ def test_start_from_teacher():
     assert same(learner.consistency, teacher) and same(learner.consistency_target, teacher)
 
 
+# Figures
+
+
+def axes_of(draw, *inputs, monkeypatch):
+    """The panels of a figure, as drawn."""
+    panels = []
+    monkeypatch.setattr(qdq, "save_figure", lambda path, *functions: panels.extend(functions))
+    draw(*inputs, None)
+    axes = Figure().subplots(1, len(panels), squeeze=False)[0]
+    for panel, function in zip(axes, panels):
+        function(panel)
+    return axes
+
+
+def test_returns_figure_names_the_models_and_orders_the_pairs(monkeypatch):
+    """Models that always say .5 and -.5, returns from -10 to 30 in no order."""
+    learner = make_learner()
+    learner.q_rows = learner.q_rows[torch.randperm(64, generator=generator())]
+    learner.consistency = lambda x, t, pair: torch.full_like(x, 0.5)
+    learner.score = lambda x, t, pair: torch.full_like(x, -0.5)
+    axes = axes_of(qdq.draw_returns, learner, monkeypatch=monkeypatch)
+    for panel in axes:
+        found = {patch.get_label(): patch.get_xy() for patch in panel.patches if "model" in patch.get_label()}
+        places = [x[y > 0].mean() for x, y in (found[name].T for name in found)]
+        assert [name.split()[0] for name in found] == ["consistency", "score"]
+        assert places == [pytest.approx(20, abs=1), pytest.approx(0, abs=1)]
+    assert sum(patch.get_height() * patch.get_width() for patch in axes[0].patches[:60]) == pytest.approx(1)
+    assert [panel.lines[0].get_xdata()[0] for panel in axes[1:]] == pytest.approx(
+        [-10 + 40 * i / 63 for i in (6, 31, 56)]
+    )
+
+
+def test_uncertainty_figure_tells_the_data_from_random_actions(monkeypatch):
+    data = make_data()
+    data.action.fill_(2.0)
+    learner = make_learner(data)
+    learner.uncertainty = lambda obs, action, _: action[:, 0]
+    (axes,) = axes_of(qdq.draw_uncertainty, learner, data, monkeypatch=monkeypatch)
+    assert axes.get_title().startswith("median H 2 in data, ") and axes.get_title().split()[5] != "2"
+    of_data, random = axes.patches[:49], axes.patches[49:]
+    assert (of_data[0].get_label(), random[0].get_label()) == ("actions of the data", "random actions")
+    assert of_data[-1].get_height() == 1000 > random[-1].get_height()
+
+
 # Settings and the command line
 
 
@@ -589,7 +634,7 @@ def run_folder(tmp_path, out="a"):
 
 
 def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path, capsys):
-    first = start()["learner"]
+    first = start("--score-steps", 3, "--consistency-steps", 5)["learner"]
     second = start("--reuse", run_folder(tmp_path), out="b")["learner"]
     for name in ("score", "consistency", "consistency_target"):
         assert all(torch.equal(first[name][key], second[name][key]) for key in first[name])
@@ -598,16 +643,14 @@ def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path, capsys):
     rows = common.read_csv(run_folder(tmp_path, "b") / "metrics.csv")
     assert {row["phase"] for row in rows} == {"policy"}
     moved = run_folder(tmp_path).rename(tmp_path / "moved")  # a run that reused resumes without its source
-    again = ("--reuse", run_folder(tmp_path), "--resume")
-    start(*again, out="b")
-    (run_folder(tmp_path, "b") / "checkpoint.pt").unlink()  # but not before its first checkpoint
-    with pytest.raises(common.UserError, match="no checkpoint"):
-        start(*again, out="b")
+    start("--resume", run_folder(tmp_path, "b"), out="b")
     moved.rename(run_folder(tmp_path))
-    assert torch.equal(start(*again, out="b")["learner"]["score"]["freqs"], first["score"]["freqs"])
+    (run_folder(tmp_path, "b") / "checkpoint.pt").unlink()  # before its first checkpoint it takes the models again
+    second = start("--resume", run_folder(tmp_path, "b"), out="b")["learner"]
+    assert torch.equal(first["score"]["net.0.weight"], second["score"]["net.0.weight"])
     capsys.readouterr()
     start("--reuse", run_folder(tmp_path, "b"), out="c")  # a run that reused can be reused
-    assert "score model after 2, consistency model after 2 updates" in capsys.readouterr().out
+    assert "score model after 3, consistency model after 5 updates" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

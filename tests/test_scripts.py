@@ -22,6 +22,13 @@ SCENES = dict(bdm_rebrac_sbc="bandit-ring", cped="bandit-ring", dac="bandit-2gau
 TINY = f"--env {ENV} --device cpu --steps 20 --batch-size 16 --eval-every 10 --eval-episodes 2 "
 TINY = [*TINY.split(), "--log-every", "5", "--checkpoint-every", "6"]
 
+PHASES = dict(  # updates in one call, whether the policy is evaluated
+    bdm_rebrac_sbc=dict(update=(2, True)), cped=dict(behavior=(5, False), policy=(2, True)), dac=dict(update=(1, True)),
+    dtql=dict(pretrain=(1, False), update=(1, True)),
+    qdq=dict(score=(1, False), consistency=(5, False), policy=(2, True)),
+    srpo=dict(critic=(1, False), behavior=(1, False), policy=(1, True)),
+)  # fmt: skip
+
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
@@ -97,6 +104,7 @@ def test_command_line(name, tmp_path):
     assert not list(run.glob("*.part")) and not (tmp_path / "MUJOCO_LOG.TXT").exists()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["evaluations"] == 2 and math.isfinite(summary["return"]["last"])
+    assert summary["protocol"] == importlib.import_module(name).PROTOCOL
     rows = common.read_csv(run / "metrics.csv")
     assert [row["step"] for row in rows if "return" in row] == [10, 20]
     assert len({row["phase"] for row in rows}) == len(summary["updates_per_second"])
@@ -118,11 +126,11 @@ def test_same_seed_same_run_and_seeds_keep_their_own_draws(name, start, tmp_path
 
 
 @every_script
-@pytest.mark.parametrize("calls", [1, 4, 9])
-def test_killed_and_resumed(name, calls, start, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_killed_and_resumed(name, part, start, whole, tmp_path, monkeypatch):
     """Killed after some updates, again during a checkpoint, then resumed: bit for bit the run that never stopped."""
-    module = importlib.import_module(name)
-    plain, left = common.capture, [calls]
+    module, done = importlib.import_module(name), common.load_checkpoint(folder(whole, name))["done"]
+    plain, left = common.capture, [int(part * sum(done[phase] // PHASES[name][phase][0] for phase in done))]
 
     def capture_until_killed(learners, phase):
         update = plain(learners, phase)
@@ -163,6 +171,7 @@ def test_saved_policy_scores_the_same_again(name, whole, capsys, monkeypatch):
     last = json.loads((run / "summary.json").read_text())["return"]["last"]
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--evaluate", str(run), "--eval-episodes", "2"])
+    monkeypatch.setattr(module, "load_dataset", None)  # no data are needed, nothing is trained
     common.cli(module.main)
     assert f"return {last:.1f}" in capsys.readouterr().out
     act = common.load_policy(getattr(module, LEARNERS[name]), module.Args, run)
@@ -194,6 +203,56 @@ def test_tables_name_real_fields_and_datasets(name):
         assert set(table) <= set(vars(module.Args())), env
         assert env.startswith("bandit-") or env in names, env
     assert set(getattr(module, "PUBLISHED", {})) <= set(module.PAPER) and module.PROTOCOL
+
+
+@every_script
+def test_what_main_hands_to_the_run(name, start, monkeypatch):
+    module, asked = importlib.import_module(name), {}
+
+    class Run:
+        folders = ()
+
+        def __init__(self, args, learners, data, script, protocol, phases):
+            assert [learner.generator.initial_seed() for learner in learners] == [3, 5]
+            assert all(learner.args is args and learner.data is data for learner in learners)
+            assert (Path(script), protocol) == (ROOT / f"{name}.py", module.PROTOCOL)
+            assert list(phases) == list(PHASES[name])
+
+        def updates(self, phase, stride=1, evaluate=False, at_end=None):
+            asked[phase] = stride, evaluate
+            return ()
+
+        def finish(self):
+            asked["finished"] = True
+
+    monkeypatch.setattr(module, "Run", Run)
+    start(name, "--seed", 3, 5)
+    assert list(asked.items()) == [*PHASES[name].items(), ("finished", True)]
+
+
+@every_script
+def test_an_environment_is_needed_only_to_evaluate(name, start, monkeypatch):
+    asked = []
+
+    def load_dataset(*_, judge, **more):
+        asked.append(judge)
+        raise common.UserError("far enough")
+
+    monkeypatch.setattr(importlib.import_module(name), "load_dataset", load_dataset)
+    for episodes in (0, 1):
+        with pytest.raises(SystemExit):
+            start(name, "--eval-episodes", episodes)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("name", ["bdm_rebrac_sbc", "dac", "qdq", "srpo"])
+def test_rows_in_no_order_are_refused_where_episodes_count(name, start, monkeypatch, capsys):
+    data = common.load_dataset(ENV)
+    data.episode = data.step = None
+    monkeypatch.setattr(importlib.import_module(name), "load_dataset", lambda *_, **more: data)
+    with pytest.raises(SystemExit):
+        start(name)
+    assert "order" in capsys.readouterr().err
 
 
 @every_script

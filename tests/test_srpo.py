@@ -330,6 +330,15 @@ def test_reward_scale_over_windows():
         srpo.scale_rewards(dataset(torch.ones(500)))
 
 
+def test_main_scales_rewards_before_it_adds_the_offset(start, monkeypatch):
+    monkeypatch.setattr(srpo, "Run", lambda args, learners, data, *_: seen.append(data) or 1 / 0)  # far enough
+    seen, raw = [], common.load_dataset("pendulum-demo-medium")
+    srpo.scale_rewards(raw)
+    with pytest.raises(ZeroDivisionError):
+        start("--scale-rewards", "--reward-offset", 2)
+    assert torch.allclose(seen[0].reward, raw.reward + 2)
+
+
 TINY = "--device cpu --env pendulum-demo-medium --steps 4 --batch-size 16 --behavior-batch-size 16 --eval-episodes 0"
 
 
@@ -357,12 +366,12 @@ def refusal(start, tmp_path, capsys):
 
 def test_reuse(start, refusal, tmp_path, capsys):
     """A second run takes critic and behaviour model of its seed, and trains only the policy."""
-    start("--out", tmp_path / "first", "--seed", 0, 1)
+    start("--out", tmp_path / "first", "--seed", 0, 1, "--critic-steps", 5, "--behavior-steps", 7)
     source = tmp_path / "first" / "srpo" / "pendulum-demo-medium"
-    start("--out", tmp_path / "second", "--beta", 0.5, "--reuse", source, "--seed", 1)
+    start("--out", tmp_path / "second", "--beta", 0.5, "--reuse", source, "--seed", 0, 1)
     start("--out", tmp_path / "third", "--beta", 0.7, "--reuse", tmp_path / "second/srpo/pendulum-demo-medium/seed1",
           "--seed", 1)  # fmt: skip
-    assert "critic after 6, behaviour model after 8 updates" in capsys.readouterr().out  # of the first run
+    assert "critic after 5, behaviour model after 7 updates" in capsys.readouterr().out  # of the first run
     runs = [source / "seed1", *(tmp_path / name / "srpo/pendulum-demo-medium/seed1" for name in ("second", "third"))]
     first, second, third = (common.load_checkpoint(run)["learner"] for run in runs)
     for part in ("critic", "value", "critic_target", "behavior"):
@@ -372,14 +381,14 @@ def test_reuse(start, refusal, tmp_path, capsys):
     assert {row["phase"] for row in common.read_csv(runs[1] / "metrics.csv")} == {"policy"}
 
     moved = source.rename(tmp_path / "moved")  # a run that reused resumes without its source
-    again = ("--out", tmp_path / "second", "--beta", 0.5, "--reuse", source, "--seed", 1, "--resume")
-    start(*again)
+    start("--resume", runs[1])
     (runs[1] / "checkpoint.pt").unlink()  # but not before its first checkpoint
     with pytest.raises(SystemExit):
-        start(*again)
+        start("--resume", runs[1])
     moved.rename(source)
-    start(*again)
-    assert torch.equal(common.load_checkpoint(runs[1])["learner"]["behavior"]["freqs"], first["behavior"]["freqs"])
+    start("--resume", runs[1])
+    again = common.load_checkpoint(runs[1])["learner"]
+    assert torch.equal(again["behavior"]["first.weight"], first["behavior"]["first.weight"])
 
     assert "holds no checkpoint" in refusal("--reuse", source, "--seed", 2)
     assert "was made with --seed 1" in refusal("--reuse", source / "seed1")

@@ -100,6 +100,20 @@ def test_a_relative_lends_its_settings_but_not_its_score(script, robot, monkeypa
     assert f"using those of {robot.lower()}-" in capsys.readouterr().out
 
 
+LENGTHS = {  # what follows --steps
+    "bdm_rebrac_sbc": [], "cped": ["behavior_steps", "critic_start", "q_start"], "dac": ["actor_ema_start"],
+    "dtql": ["pretrain_steps"], "qdq": ["score_steps", "consistency_steps"], "srpo": ["critic_steps", "behavior_steps"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", LEARNERS)
+def test_other_phases_follow_the_length_of_the_run(script, monkeypatch):
+    with monkeypatch.context() as patch:
+        args = settings(script, "--env hopper-medium-v2", patch)
+    short = settings(script, f"--env hopper-medium-v2 --steps {args.steps // 10}", monkeypatch)
+    assert [10 * getattr(short, name) for name in LENGTHS[script]] == [getattr(args, name) for name in LENGTHS[script]]
+
+
 @pytest.mark.parametrize("script", LEARNERS)
 def test_help_explains_every_setting(script):
     Args = importlib.import_module(script).Args
@@ -160,11 +174,12 @@ bdm_rebrac_sbc--rebrac  *                         fan_in
 """
 
 
-def make(case, seed):
+def make(case, seed, **settings):
     script, _, mode = case.partition("--")
     module = importlib.import_module(script)
-    args = module.Args(device="cpu", **({mode: True, "w_s": 0.0} if mode else {}))
-    return getattr(module, LEARNERS[script])(args, SimpleNamespace(obs_dim=17, action_dim=6, max_action=1.0), seed)
+    args = module.Args(device="cpu", **({mode: True, "w_s": 0.0} if mode else {}), **settings)
+    name = LEARNERS[script] + ("KL" if getattr(args, "behavior_reg", "") == "kl" else "")
+    return getattr(module, name)(args, SimpleNamespace(obs_dim=17, action_dim=6, max_action=1.0), seed)
 
 
 def tensors(learner):
@@ -220,3 +235,33 @@ def test_starting_weights(case):
 def test_each_seed_has_random_numbers_of_its_own(script):
     draws = [torch.rand(4, generator=make(script, seed).generator) for seed in (0, 1, 1)]
     assert not torch.equal(draws[0], draws[1]) and torch.equal(draws[1], draws[2])
+
+
+RATES = {  # learning rate of each network
+    "bdm_rebrac_sbc": dict(actor="actor_lr", critic="critic_lr", bdm="bdm_lr"),
+    "cped": dict(behavior="behavior_lr", discriminator="behavior_lr", critic="critic_lr", actor="actor_lr"),
+    "dac": dict(actor="actor_lr", critic="critic_lr"),
+    "dtql": dict(critic="critic_lr", value="critic_lr", behavior="behavior_lr", actor="actor_lr", fake="behavior_lr"),
+    "qdq": dict(score="score_lr", consistency="consistency_lr", critic="critic_lr", actor="actor_lr"),
+    "srpo": dict(critic="critic_lr", value="critic_lr", behavior="behavior_lr", actor="actor_lr"),
+}
+
+
+@pytest.mark.parametrize("script", LEARNERS)
+def test_learning_rates_of_the_networks(script):
+    values = {rate: 0.1 + 0.1 * i for i, rate in enumerate(sorted({*RATES[script].values()}))}
+    learner = make(script, 0, **values, **(dict(behavior_reg="kl") if script == "dtql" else {}))
+    opts = [part for part in learner.state.values() if isinstance(part, torch.optim.Optimizer)]
+    for network, rate in RATES[script].items():
+        groups = [group for opt in opts for group in opt.param_groups]
+        for parameter in getattr(learner, network).parameters():
+            (group,) = (group for group in groups if any(parameter is other for other in group["params"]))
+            assert group["lr"].item() == pytest.approx(values[rate]), network
+    assert sum(len(group["params"]) for group in groups) == sum(
+        len(list(getattr(learner, network).parameters())) for network in RATES[script]
+    )
+    if hasattr(learner, "rates"):  # where cosines begin
+        assert [opt.param_groups[0]["lr"].item() for opt, _ in learner.rates] == pytest.approx(
+            [rate for _, rate in learner.rates]
+        )
+        assert len(learner.rates) == len(opts)
