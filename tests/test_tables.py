@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -10,10 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import common
 from common import BUILT_IN, DATASETS, SCENES, help_texts
 
 TABLES = Path(__file__).parent / "tables"
 LEARNERS = dict(dtql="DTQL", srpo="SRPO", dac="DAC", qdq="QDQ", cped="CPED", bdm_rebrac_sbc="BDM")
+
+
+help_once = functools.cache(help_texts)
+
+
+@pytest.fixture(autouse=True)
+def fast_help(monkeypatch):
+    """Every command line reads the sources for its help, a third of a second."""
+    monkeypatch.setattr(common, "help_texts", help_once)
 
 
 class Stop(Exception):
