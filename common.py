@@ -2147,16 +2147,8 @@ def device_name(device):
 
 def git_state(script):
     """The commit that `script` stands in and whether files differ from it; None outside a repository."""
-    command = [
-        "git",
-        "-C",
-        str(script.resolve().parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    command = ["git", "-C", str(script.resolve().parent)]
+    command += "describe --always --dirty --abbrev=40 --exclude=*".split()
     try:
         text = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
