@@ -126,6 +126,23 @@ def test_other_phases_follow_the_length_of_the_run(script, monkeypatch):
 
 
 @pytest.mark.parametrize("script", LEARNERS)
+def test_defaults(script):
+    """The settings that no table of a paper holds."""
+    lines = [line.split(maxsplit=2) for line in (TABLES / "defaults.tsv").read_text().splitlines()[1:]]
+    table = {field: value for name, field, value in lines if name == script}
+    own, shared = importlib.import_module(script).Args, common.RunArgs
+    text = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    found = {name: text(getattr(own, name)) for name in own.__dataclass_fields__}
+    assert table == {name: value for name, value in found.items() if value != text(getattr(shared, name, own))}
+
+
+@pytest.mark.parametrize("env, score", [("halfcheetah", 24.1), ("hopper", 15.0), ("walker2d", 3.4)])
+def test_scores_of_dtqls_ablation(env, score, monkeypatch):
+    """Table 5."""
+    assert settings("dtql", f"--env {env}-medium-v2 --behavior-reg kl", monkeypatch).paper_score == score
+
+
+@pytest.mark.parametrize("script", LEARNERS)
 def test_help_explains_every_setting(script):
     Args = importlib.import_module(script).Args
     texts = help_texts(Args)
