@@ -2089,7 +2089,7 @@ def lock(folder):
     """Keeps a folder for this process as long as it is held; the lock of a killed process vanishes with it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(f"{folder}.lock", timeout=0, thread_local=False).acquire()
+        return FileLock(f"{folder.resolve()}.lock", timeout=0, thread_local=False).acquire()
     except Timeout:
         try:
             holder = "process {pid} on {host} since {since}".format(**read_about(folder)["process"])
@@ -2410,7 +2410,7 @@ def across_seeds(summaries):
 def draw_curve(path, rows_of_seeds, run, who):
     """Score over updates, with the data's and the paper's level, beside the losses; all phases on one axis."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(f"{run.script.stem} on {run.root.name}, {who}")
+    figure.suptitle(f"{run.script.stem} on {run.root.resolve().name}, {who}")
     left, right = figure.subplots(1, 2)
     key = "score" if any("score" in row for row in rows_of_seeds[0]) else "return"
     curves = [{row["total"]: (row[key], row[f"{key}_std"]) for row in rows if key in row} for rows in rows_of_seeds]

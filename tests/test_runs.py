@@ -308,6 +308,25 @@ run.finish()
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("other", ["link", "."])
+def test_one_folder_has_one_lock_by_whatever_name(tmp_path, monkeypatch, other):
+    run, _ = make_run(tmp_path)
+    (tmp_path / "link").symlink_to(run.place, target_is_directory=True)
+    monkeypatch.chdir(run.place if other == "." else tmp_path)
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
+        common.lock(Path(other))
+
+
+def test_the_code_of_a_run_starts_it_again(tmp_path):
+    """The copy of the script goes aside with the earlier run; the new run has its code all the same."""
+    first, _ = make_run(tmp_path)
+    common.release()
+    copy = first.place / Path(__file__).name
+    Run(first.args, first.learners, Data(), copy, "", {})
+    assert (tmp_path / "test_runs" / first.args.env / "seed0.old1").exists()
+    assert copy.read_text() == Path(__file__).read_text() and (first.place / "common.py").exists()
+
+
 # Signals
 
 SIGNALS = [getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # Windows lacks two
