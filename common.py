@@ -1836,6 +1836,7 @@ class Run:
 
     def __init__(self, args, learners, data, script, protocol, phases):
         self.args, self.learners, self.data, self.script = args, learners, data, Path(script)
+        self.code = {file.name: file.read_bytes() for file in (self.script, Path(__file__))}
         self.protocol, self.phases = protocol, phases
         self.published = None if args.data_path else args.paper_score
         self.phase, self.step, self.done = "", 0, {}  # where the run is; finished phases and their updates
@@ -2105,11 +2106,11 @@ def begin_folder(folder, run, seed):
         folder.rename(aside)
         print(f"note: the earlier run in {folder} is now {aside}; --resume continues either")
     folder.mkdir()
+    for name, code in run.code.items():  # read before: the script may be the copy in the folder that was moved
+        (folder / name).write_bytes(code)
     versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium, mujoco)}
     about = dict(started=now(), git=git_state(run.script), versions=versions | dict(python=platform.python_version()))
     write_about(folder, run, seed, about | dict(processor=processor(), device=device_name(run.args.device)))
-    for file in (run.script, Path(__file__)):
-        shutil.copy(file, folder)
 
 
 def write_about(folder, run, seed, about):
@@ -2263,7 +2264,7 @@ class Terminal:
         mean = f", mean return {np.mean(data.episode_returns):.1f}" if len(data.episode_returns) else ""
         limit = run.envs and run.envs[0].assumed_limit
         for name, text in dict(
-            algorithm=ast.get_docstring(ast.parse(run.script.read_text())).split("\n")[0],
+            algorithm=ast.get_docstring(ast.parse(run.code[run.script.name])).split("\n")[0],
             data=f"{args.env}: {len(data):,} rows, {len(data.episode_returns):,} episodes{mean}",
             episodes=limit and f"at most {limit:,} steps (--max-episode-steps), as {args.env} has no time limit",
             device=f"{args.device}, {device_name(args.device)}",
