@@ -2029,6 +2029,7 @@ class Run:
         self.draw()
         where = f"{self.phase} {self.step:,} of {self.phases[self.phase]:,}"
         print(f"stopped at {where}; --resume {self.place} continues", file=sys.stderr)
+        self.held.close()  # in a notebook the process lives on
         sys.exit(128 + self.signal)
 
     def draw(self):

@@ -343,6 +343,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, capsys, monke
     assert stopped.value.code == 128 + number
     assert f"stopped at update 34 of 100; --resume {run.place} continues" in capsys.readouterr().err
     assert (run.place / "curve.png").exists()
+    with common.lock(run.place):  # free: a notebook's process lives on
+        pass
     run, learners = resumed(monkeypatch, "--resume", run.place)
     assert run.step == 34 and learners[0].weight == 34
     train(run, learners)
