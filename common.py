@@ -1392,8 +1392,8 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
 def make_parser(Args, doc):
     """One flag for each field of `Args`, those of the algorithm first. It yields only what is given."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [settings]", description=doc.strip().split("\n\n")[0], add_help=False, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s [settings]", description=(doc or "").strip().split("\n\n")[0], add_help=False,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.error = refuse
     own, shared = parser.add_argument_group("algorithm"), parser.add_argument_group("run")
@@ -1424,7 +1424,7 @@ def flag_type(hint):
         return dict(choices=[kind, *rest])
 
     def read(text):
-        return None if text == "None" and type(None) in rest else kind(text)
+        return None if text == "None" and type(None) in rest else kind(os.path.expanduser(text))  # --out=~/runs
 
     read.__name__ = kind.__name__  # for argparse's complaints
     return dict(type=read, metavar=kind.__name__.upper()) | (dict(nargs="+") if ... in rest else {})
@@ -1581,6 +1581,9 @@ def release():
 
 def cli(main):
     """Run `main`. What a user can mend is one sentence on stderr and an exit code; a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not a notebook's
+            stream.reconfigure(errors="replace")  # where the locale has no ±
     try:
         while True:
             try:
@@ -1598,6 +1601,10 @@ def cli(main):
         message, code = "whoever read the output has gone; --resume continues from the last checkpoint", 1
     except OSError as error:
         message, code = f"{error.strerror or error}: {error.filename or 'while reading or writing files'}", 1
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        message, code = "a path with ~ is needed, but no home folder is known: set HOME", 2
     finally:
         release()
     print(f"error: {message}", file=sys.stderr)

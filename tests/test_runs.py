@@ -201,6 +201,13 @@ def test_a_missing_package_is_told_first(tmp_path, monkeypatch, package, flags):
         parsed(monkeypatch, *flags.replace("RUN", str(run.place)).split())
 
 
+def test_home_in_a_flag_and_no_docstrings(monkeypatch):
+    """Shells leave --out=~/runs as it is; python -OO has no docstrings."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["x", "--out=~/runs"])
+    assert parse_args(Args, {}, doc=None).out == "/home/me/runs"
+
+
 def test_help_is_grouped_and_shows_the_values_of_the_env(monkeypatch, capsys):
     def help_of(*flags):
         with pytest.raises(SystemExit) as stopped:
@@ -779,6 +786,7 @@ def test_cli_turns_errors_into_a_sentence(capsys):
         (RunError("broke"), 1),
         (OSError(28, "No space left", "f"), 1),
         (KeyboardInterrupt(), 130),
+        (RuntimeError("Could not determine home directory."), 2),  # pathlib's
     ):
 
         def main(error=error):
@@ -859,6 +867,12 @@ def test_on_a_terminal_a_bar_goes_on_and_evaluations_leave_a_line(tmp_path, caps
     assert len(set(re.findall(r"second \(2 of 2\), evaluating for (\d+ s)", shown))) > 20
     lines = [line for line in capsys.readouterr().out.splitlines() if "| return -" in line]
     assert [line.split()[1] for line in lines] == ["10/20", "20/20"]
+
+
+def test_a_locale_without_the_sign(tmp_path):
+    code = "import common; common.cli(lambda: print('1 ± 2'))"
+    options = dict(env=os.environ | {"PYTHONIOENCODING": "ascii"}, cwd=ROOT, capture_output=True, text=True)
+    assert subprocess.run([sys.executable, "-c", code], **options).stdout == "1 ? 2\n"
 
 
 def test_a_closed_pipe_is_one_sentence(tmp_path):
