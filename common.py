@@ -1003,6 +1003,10 @@ class FlatEnv(gymnasium.Wrapper):
         except Exception as error:
             raise self._failed("step", error) from error
 
+    def close(self):
+        with contextlib.suppress(Exception):  # a window that was never opened, say: nothing depends on it any more
+            self.env.close()
+
     def _flat(self, obs):
         flat = spaces.flatten(self.env.observation_space, obs).astype(np.float32)
         if flat.shape != self.observation_space.shape:
@@ -1210,7 +1214,7 @@ def score_name(env):
 
 def evaluation_seed(seed):
     """Episode i of every evaluation of a run starts from seed `1000 * seed + 100 + i`."""
-    return 1000 * seed + 100
+    return (1000 * seed + 100) % 2**31  # more is refused by many an environment, and a seed may be a date
 
 
 def evaluate(act, envs, seed, tick=lambda: None):
