@@ -581,6 +581,8 @@ def read_minari(env: str, folder: Path | None):
             timeout = np.zeros_like(terminal)
             timeout[-1] = not terminal[-1]  # also where a recording just stops
             episodes.append((obs[:-1], action, np.float32(episode.rewards), terminal, timeout, obs[1:]))
+        if not episodes:
+            raise UserError(f"Minari dataset '{env}' holds no episodes")
         return {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes))}, dataset.action_space
 
 
@@ -625,7 +627,8 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spa
         raise UserError(f"{env}: the arrays have different lengths: {found}")
     if lengths["observations"] < 2:
         raise UserError(f"{env}: the data are empty, found {lengths['observations']} rows")
-    sizes = {"obs": dim, "next_obs": dim, "action": box and math.prod(box.shape)}  # numbers per row; None: any
+    width = np.size(raw["obs"][0])
+    sizes = {"obs": dim, "next_obs": width, "action": box and math.prod(box.shape)}  # numbers per row; None: any
     for key, value in raw.items():
         name, size = f"{env}: {KEYS[key]}", sizes.get(key, 1)
         if value.dtype.kind not in "biuf":
@@ -636,9 +639,11 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spa
             raise UserError(f"{name} are images, {list(value.shape)}; the networks here take vectors")
         with np.errstate(over="ignore"):
             flat = value.reshape(len(value), -1).astype(np.float32, copy=False)
+        if not flat.size:
+            raise UserError(f"{name} hold no numbers, {list(value.shape)}")
         if flat.shape[1] != size and size is not None:
             expected = f"[N, {size}]" if key in sizes else "[N]"
-            hint = "; does --env name the environment of these data, flattened?" if key in sizes else ""
+            hint = "; does --env name the environment of these data, flattened?" if key in ("obs", "action") else ""
             raise UserError(f"{name}: expected shape {expected}, found {list(value.shape)}{hint}")
         bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
         if len(bad) and key != "next_obs":  # which may be missing where an episode ends
@@ -719,6 +724,8 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
         episodes = np.count_nonzero(terminal | raw["timeout"])
         print(f"{env}: the file has no timeouts, so terminals end the task; {guess} ({episodes} complete episodes)")
     raw["timeout"] = raw.get("timeout", False) | jump
+    if terminal.any() and not (terminal & ~raw["timeout"]).any():
+        warn(f"{env}: every terminal is marked as a time limit too, and counts as one: no end of the task is left")
     return True
 
 
@@ -1203,7 +1210,7 @@ def score(env, returns):
         with open_minari(env) as dataset:
             metadata = dataset.storage.metadata
         low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if low is None or high is None:
+    if low is None or high is None or low == high:
         return None
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
 

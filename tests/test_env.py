@@ -569,6 +569,8 @@ def test_minari_environment_is_the_stored_one(minari_set):
 def test_minari_reference_scores(minari_set):
     minari_set("own/pendulum-v1", gymnasium.make("Pendulum-v1"), ref_min_score=-1200.0, ref_max_score=-200.0)
     np.testing.assert_allclose(common.score("own/pendulum-v1", [-1200, -700, -200]), [0, 50, 100])
+    minari_set("own/pendulum-v2", gymnasium.make("Pendulum-v1"), ref_min_score=-3.0, ref_max_score=-3.0)
+    assert common.score("own/pendulum-v2", -3.0) is None  # no scale
 
 
 def test_minari_absent(tmp_path, monkeypatch):
