@@ -1605,17 +1605,18 @@ def cli(main):
         message, code = str(error), error.code
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
-    except torch.OutOfMemoryError as error:
-        message, code = f"out of memory, try a smaller --batch-size or fewer seeds: {reason(error)}", 1
+    except (MemoryError, RuntimeError) as error:
+        if "home directory" in str(error):  # pathlib's
+            message, code = "a path with ~ is needed, but no home folder is known: set HOME", 2
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            message, code = f"out of memory, try a smaller --batch-size or fewer seeds: {reason(error)}", 1
+        else:
+            raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
         message, code = "whoever read the output has gone; --resume continues from the last checkpoint", 1
     except OSError as error:
         message, code = f"{error.strerror or error}: {error.filename or 'while reading or writing files'}", 1
-    except RuntimeError as error:
-        if "home directory" not in str(error):
-            raise
-        message, code = "a path with ~ is needed, but no home folder is known: set HOME", 2
     finally:
         release()
     print(f"error: {message}", file=sys.stderr)

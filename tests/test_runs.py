@@ -798,6 +798,12 @@ def test_cli_turns_errors_into_a_sentence(capsys):
         assert stopped.value.code == code and message.startswith("error: ") and message.count("\n") == 1
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         common.cli(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="must match"):
+        common.cli(lambda: torch.zeros(2) + torch.zeros(3))
+    for allocate in (torch.zeros, np.zeros):
+        with pytest.raises(SystemExit):
+            common.cli(lambda allocate=allocate: allocate(2**55))
+        assert "error: out of memory" in capsys.readouterr().err
 
 
 # Terminal and files
