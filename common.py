@@ -581,6 +581,8 @@ def read_minari(env: str, folder: Path | None):
             timeout = np.zeros_like(terminal)
             timeout[-1] = not terminal[-1]  # also where a recording just stops
             episodes.append((obs[:-1], action, np.float32(episode.rewards), terminal, timeout, obs[1:]))
+        if not episodes:
+            raise UserError(f"Minari dataset '{env}' holds no episodes")
         return {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes))}, dataset.action_space
 
 
@@ -625,7 +627,8 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spa
         raise UserError(f"{env}: the arrays have different lengths: {found}")
     if lengths["observations"] < 2:
         raise UserError(f"{env}: the data are empty, found {lengths['observations']} rows")
-    sizes = {"obs": dim, "next_obs": dim, "action": box and math.prod(box.shape)}  # numbers per row; None: any
+    width = np.size(raw["obs"][0])
+    sizes = {"obs": dim, "next_obs": width, "action": box and math.prod(box.shape)}  # numbers per row; None: any
     for key, value in raw.items():
         name, size = f"{env}: {KEYS[key]}", sizes.get(key, 1)
         if value.dtype.kind not in "biuf":
@@ -636,9 +639,11 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spa
             raise UserError(f"{name} are images, {list(value.shape)}; the networks here take vectors")
         with np.errstate(over="ignore"):
             flat = value.reshape(len(value), -1).astype(np.float32, copy=False)
+        if not flat.size:
+            raise UserError(f"{name} hold no numbers, {list(value.shape)}")
         if flat.shape[1] != size and size is not None:
             expected = f"[N, {size}]" if key in sizes else "[N]"
-            hint = "; does --env name the environment of these data, flattened?" if key in sizes else ""
+            hint = "; does --env name the environment of these data, flattened?" if key in ("obs", "action") else ""
             raise UserError(f"{name}: expected shape {expected}, found {list(value.shape)}{hint}")
         bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
         if len(bad) and key != "next_obs":  # which may be missing where an episode ends
@@ -719,6 +724,8 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
         episodes = np.count_nonzero(terminal | raw["timeout"])
         print(f"{env}: the file has no timeouts, so terminals end the task; {guess} ({episodes} complete episodes)")
     raw["timeout"] = raw.get("timeout", False) | jump
+    if terminal.any() and not (terminal & ~raw["timeout"]).any():
+        warn(f"{env}: every terminal is marked as a time limit too, and counts as one: no end of the task is left")
     return True
 
 
@@ -1003,6 +1010,10 @@ class FlatEnv(gymnasium.Wrapper):
         except Exception as error:
             raise self._failed("step", error) from error
 
+    def close(self):
+        with contextlib.suppress(Exception):  # a window that was never opened, say: nothing depends on it any more
+            self.env.close()
+
     def _flat(self, obs):
         flat = spaces.flatten(self.env.observation_space, obs).astype(np.float32)
         if flat.shape != self.observation_space.shape:
@@ -1199,7 +1210,7 @@ def score(env, returns):
         with open_minari(env) as dataset:
             metadata = dataset.storage.metadata
         low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if low is None or high is None:
+    if low is None or high is None or low == high:
         return None
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
 
@@ -1210,7 +1221,7 @@ def score_name(env):
 
 def evaluation_seed(seed):
     """Episode i of every evaluation of a run starts from seed `1000 * seed + 100 + i`."""
-    return 1000 * seed + 100
+    return (1000 * seed + 100) % 2**31  # more is refused by many an environment, and a seed may be a date
 
 
 def evaluate(act, envs, seed, tick=lambda: None):
@@ -1392,8 +1403,8 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
 def make_parser(Args, doc):
     """One flag for each field of `Args`, those of the algorithm first. It yields only what is given."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [settings]", description=doc.strip().split("\n\n")[0], add_help=False, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s [settings]", description=(doc or "").strip().split("\n\n")[0], add_help=False,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.error = refuse
     own, shared = parser.add_argument_group("algorithm"), parser.add_argument_group("run")
@@ -1424,7 +1435,7 @@ def flag_type(hint):
         return dict(choices=[kind, *rest])
 
     def read(text):
-        return None if text == "None" and type(None) in rest else kind(text)
+        return None if text == "None" and type(None) in rest else kind(os.path.expanduser(text))  # --out=~/runs
 
     read.__name__ = kind.__name__  # for argparse's complaints
     return dict(type=read, metavar=kind.__name__.upper()) | (dict(nargs="+") if ... in rest else {})
@@ -1581,6 +1592,9 @@ def release():
 
 def cli(main):
     """Run `main`. What a user can mend is one sentence on stderr and an exit code; a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not a notebook's
+            stream.reconfigure(errors="replace")  # where the locale has no ±
     try:
         while True:
             try:
@@ -1591,8 +1605,13 @@ def cli(main):
         message, code = str(error), error.code
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
-    except torch.OutOfMemoryError as error:
-        message, code = f"out of memory, try a smaller --batch-size or fewer seeds: {reason(error)}", 1
+    except (MemoryError, RuntimeError) as error:
+        if "home directory" in str(error):  # pathlib's
+            message, code = "a path with ~ is needed, but no home folder is known: set HOME", 2
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            message, code = f"out of memory, try a smaller --batch-size or fewer seeds: {reason(error)}", 1
+        else:
+            raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
         message, code = "whoever read the output has gone; --resume continues from the last checkpoint", 1
@@ -1836,6 +1855,7 @@ class Run:
 
     def __init__(self, args, learners, data, script, protocol, phases):
         self.args, self.learners, self.data, self.script = args, learners, data, Path(script)
+        self.code = {file.name: file.read_bytes() for file in (self.script, Path(__file__))}
         self.protocol, self.phases = protocol, phases
         self.published = None if args.data_path else args.paper_score
         self.phase, self.step, self.done = "", 0, {}  # where the run is; finished phases and their updates
@@ -2028,6 +2048,7 @@ class Run:
         self.draw()
         where = f"{self.phase} {self.step:,} of {self.phases[self.phase]:,}"
         print(f"stopped at {where}; --resume {self.place} continues", file=sys.stderr)
+        self.held.close()  # in a notebook the process lives on
         sys.exit(128 + self.signal)
 
     def draw(self):
@@ -2089,7 +2110,7 @@ def lock(folder):
     """Keeps a folder for this process as long as it is held; the lock of a killed process vanishes with it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(f"{folder}.lock", timeout=0, thread_local=False).acquire()
+        return FileLock(f"{folder.resolve()}.lock", timeout=0, thread_local=False).acquire()
     except Timeout:
         try:
             holder = "process {pid} on {host} since {since}".format(**read_about(folder)["process"])
@@ -2105,11 +2126,11 @@ def begin_folder(folder, run, seed):
         folder.rename(aside)
         print(f"note: the earlier run in {folder} is now {aside}; --resume continues either")
     folder.mkdir()
+    for name, code in run.code.items():  # read before: the script may be the copy in the folder that was moved
+        (folder / name).write_bytes(code)
     versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium, mujoco)}
     about = dict(started=now(), git=git_state(run.script), versions=versions | dict(python=platform.python_version()))
     write_about(folder, run, seed, about | dict(processor=processor(), device=device_name(run.args.device)))
-    for file in (run.script, Path(__file__)):
-        shutil.copy(file, folder)
 
 
 def write_about(folder, run, seed, about):
@@ -2255,7 +2276,7 @@ class Terminal:
         mean = f", mean return {np.mean(data.episode_returns):.1f}" if len(data.episode_returns) else ""
         limit = run.envs and run.envs[0].assumed_limit
         for name, text in dict(
-            algorithm=ast.get_docstring(ast.parse(run.script.read_text())).split("\n")[0],
+            algorithm=ast.get_docstring(ast.parse(run.code[run.script.name])).split("\n")[0],
             data=f"{args.env}: {len(data):,} rows, {len(data.episode_returns):,} episodes{mean}",
             episodes=limit and f"at most {limit:,} steps (--max-episode-steps), as {args.env} has no time limit",
             device=f"{args.device}, {device_name(args.device)}",
@@ -2402,7 +2423,7 @@ def across_seeds(summaries):
 def draw_curve(path, rows_of_seeds, run, who):
     """Score over updates, with the data's and the paper's level, beside the losses; all phases on one axis."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(f"{run.script.stem} on {run.root.name}, {who}")
+    figure.suptitle(f"{run.script.stem} on {run.root.resolve().name}, {who}")
     left, right = figure.subplots(1, 2)
     key = "score" if any("score" in row for row in rows_of_seeds[0]) else "return"
     curves = [{row["total"]: (row[key], row[f"{key}_std"]) for row in rows if key in row} for rows in rows_of_seeds]

@@ -1,5 +1,6 @@
 """Datasets: transition rules, readers, packing, checks, built-in data."""
 
+import json
 import multiprocessing
 import pickle
 import subprocess
@@ -116,6 +117,15 @@ def test_own_short_names(tmp_path):
     data = common.load_dataset("Hopper-v4", write(tmp_path / "x.npz", short))
     np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
     assert (data.name, data.obs_dim, data.action_dim, data.max_action) == ("Hopper-v4", 11, 3, 1.0)
+
+
+def test_terminals_that_all_are_time_limits_too(tmp_path, capsys):
+    raw = arrays()
+    common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", raw))
+    assert capsys.readouterr().err == ""
+    raw["timeouts"] |= raw["terminals"]
+    common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", raw))
+    assert "every terminal is marked as a time limit too" in capsys.readouterr().err
 
 
 def test_timeout_rule(tmp_path):
@@ -402,6 +412,14 @@ def test_without_an_environment(tmp_path, capsys):
     data = common.load_dataset("MyRobot-v0", write(tmp_path / "x.npz", raw), judge=False)
     assert "[-1, 1] stands for what the data span, [-3.  5.] to [7. 5.]" in capsys.readouterr().out
     np.testing.assert_allclose(data.action[[0, -1]], [[-1, 0], [1 - 2 / 129, 0]], rtol=1e-5)
+    for key, shape, words in (
+        ("next_observations", (130, 12), r"next_observations: expected shape \[N, 3\], found \[130, 12\]$"),
+        ("observations", (130, 0), r"observations hold no numbers, \[130, 0\]"),
+        ("actions", (130, 0), r"actions hold no numbers, \[130, 0\]"),
+    ):
+        with pytest.raises(common.UserError, match=words):
+            path = write(tmp_path / "x.npz", raw | {key: np.zeros(shape)})
+            common.load_dataset("MyRobot-v0", path, judge=False)
     raw["actions"] = np.arange(130) % 3
     with pytest.raises(common.UserError, match="actions are whole numbers; only continuous"):
         common.load_dataset("MyRobot-v0", write(tmp_path / "x.npz", raw), judge=False)
@@ -750,6 +768,16 @@ def test_minari_partial(toy_data, left):
     else:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(common.RunError, match="interrupted download.*'toy/dict-v0', force_download=True"):
+        common.load_dataset("toy/dict-v0")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_minari_without_episodes(toy_data):
+    with h5py.File(toy_data / "data" / "main_data.hdf5", "a") as file:
+        file.clear()
+    about = toy_data / "data" / "metadata.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | dict(total_episodes=0, total_steps=0)))
+    with pytest.raises(common.UserError, match="'toy/dict-v0' holds no episodes"):
         common.load_dataset("toy/dict-v0")
 
 

@@ -370,6 +370,23 @@ def test_rules_of_gymnasium(monkeypatch, cls, words):
     assert common.judge_spaces("Own-v0", needed=False) == (None, None, None)
 
 
+class Difficult(Own):
+    """Seeds an old random generator; has a window to close that was never opened."""
+
+    def reset(self, *, seed=None, options=None):
+        np.random.RandomState(seed)
+        return super().reset(seed=seed)
+
+    def close(self):
+        self.window.close()
+
+
+def test_a_date_as_seed_and_a_close_that_fails(monkeypatch):
+    with common.make_env(own(monkeypatch, Difficult)) as env:
+        env.reset(seed=common.evaluation_seed(20261130))
+    assert common.evaluation_seed(3) == 3100
+
+
 def test_no_render_mode(monkeypatch):
     name = own(monkeypatch)  # its constructor takes none
     with pytest.raises(common.UserError, match="Own-v0 cannot be made here: TypeError: .*'render_mode'"):
@@ -552,6 +569,8 @@ def test_minari_environment_is_the_stored_one(minari_set):
 def test_minari_reference_scores(minari_set):
     minari_set("own/pendulum-v1", gymnasium.make("Pendulum-v1"), ref_min_score=-1200.0, ref_max_score=-200.0)
     np.testing.assert_allclose(common.score("own/pendulum-v1", [-1200, -700, -200]), [0, 50, 100])
+    minari_set("own/pendulum-v2", gymnasium.make("Pendulum-v1"), ref_min_score=-3.0, ref_max_score=-3.0)
+    assert common.score("own/pendulum-v2", -3.0) is None  # no scale
 
 
 def test_minari_absent(tmp_path, monkeypatch):

@@ -201,6 +201,13 @@ def test_a_missing_package_is_told_first(tmp_path, monkeypatch, package, flags):
         parsed(monkeypatch, *flags.replace("RUN", str(run.place)).split())
 
 
+def test_home_in_a_flag_and_no_docstrings(monkeypatch):
+    """Shells leave --out=~/runs as it is; python -OO has no docstrings."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["x", "--out=~/runs"])
+    assert parse_args(Args, {}, doc=None).out == "/home/me/runs"
+
+
 def test_help_is_grouped_and_shows_the_values_of_the_env(monkeypatch, capsys):
     def help_of(*flags):
         with pytest.raises(SystemExit) as stopped:
@@ -308,6 +315,25 @@ run.finish()
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("other", ["link", "."])
+def test_one_folder_has_one_lock_by_whatever_name(tmp_path, monkeypatch, other):
+    run, _ = make_run(tmp_path)
+    (tmp_path / "link").symlink_to(run.place, target_is_directory=True)
+    monkeypatch.chdir(run.place if other == "." else tmp_path)
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
+        common.lock(Path(other))
+
+
+def test_the_code_of_a_run_starts_it_again(tmp_path):
+    """The copy of the script goes aside with the earlier run; the new run has its code all the same."""
+    first, _ = make_run(tmp_path)
+    common.release()
+    copy = first.place / Path(__file__).name
+    Run(first.args, first.learners, Data(), copy, "", {})
+    assert (tmp_path / "test_runs" / first.args.env / "seed0.old1").exists()
+    assert copy.read_text() == Path(__file__).read_text() and (first.place / "common.py").exists()
+
+
 # Signals
 
 SIGNALS = [getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # Windows lacks two
@@ -324,6 +350,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, capsys, monke
     assert stopped.value.code == 128 + number
     assert f"stopped at update 34 of 100; --resume {run.place} continues" in capsys.readouterr().err
     assert (run.place / "curve.png").exists()
+    with common.lock(run.place):  # free: a notebook's process lives on
+        pass
     run, learners = resumed(monkeypatch, "--resume", run.place)
     assert run.step == 34 and learners[0].weight == 34
     train(run, learners)
@@ -758,6 +786,7 @@ def test_cli_turns_errors_into_a_sentence(capsys):
         (RunError("broke"), 1),
         (OSError(28, "No space left", "f"), 1),
         (KeyboardInterrupt(), 130),
+        (RuntimeError("Could not determine home directory."), 2),  # pathlib's
     ):
 
         def main(error=error):
@@ -769,6 +798,12 @@ def test_cli_turns_errors_into_a_sentence(capsys):
         assert stopped.value.code == code and message.startswith("error: ") and message.count("\n") == 1
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         common.cli(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="must match"):
+        common.cli(lambda: torch.zeros(2) + torch.zeros(3))
+    for allocate in (torch.zeros, np.zeros):
+        with pytest.raises(SystemExit):
+            common.cli(lambda allocate=allocate: allocate(2**55))
+        assert "error: out of memory" in capsys.readouterr().err
 
 
 # Terminal and files
@@ -838,6 +873,12 @@ def test_on_a_terminal_a_bar_goes_on_and_evaluations_leave_a_line(tmp_path, caps
     assert len(set(re.findall(r"second \(2 of 2\), evaluating for (\d+ s)", shown))) > 20
     lines = [line for line in capsys.readouterr().out.splitlines() if "| return -" in line]
     assert [line.split()[1] for line in lines] == ["10/20", "20/20"]
+
+
+def test_a_locale_without_the_sign(tmp_path):
+    code = "import common; common.cli(lambda: print('1 ± 2'))"
+    options = dict(env=os.environ | {"PYTHONIOENCODING": "ascii"}, cwd=ROOT, capture_output=True, text=True)
+    assert subprocess.run([sys.executable, "-c", code], **options).stdout == "1 ? 2\n"
 
 
 def test_a_closed_pipe_is_one_sentence(tmp_path):
