@@ -781,3 +781,12 @@ def test_a_checkpoint_keeps_the_dual_weight():
     other = make_learner(1, 1, alpha_mode="dual")
     set_state(dict(alpha=other.alpha), dict(alpha=get_state(learner.state)["alpha"]))
     assert other.alpha == learner.alpha != 1.5
+
+
+def test_share_of_actions_at_the_edge_is_logged():
+    learner = make_learner()
+    for parameter in learner.actor.parameters():
+        nn.init.zeros_(parameter)
+    list(learner.actor.parameters())[-1].data.copy_(torch.tensor([4.0, -2.5]))  # tanh: 0.9993 and -0.987
+    learner.actor_step(random_batch())
+    assert learner.metrics.read()["saturated"] == 0.5
