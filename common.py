@@ -2116,7 +2116,9 @@ def lock(folder):
             holder = "process {pid} on {host} since {since}".format(**read_about(folder)["process"])
         except (UserError, KeyError):
             holder = "another process"
-        raise UserError(f"{folder} is in use by {holder}: wait for its end, or choose another --out") from None
+        own = f"process {os.getpid()} on {platform.node()}" in holder  # of a notebook
+        end = "common.release() gives back what an error left of it" if own else "wait for its end"
+        raise UserError(f"{folder} is in use by {holder}: {end}, or choose another --out") from None
 
 
 def begin_folder(folder, run, seed):
