@@ -646,7 +646,7 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spa
             hint = "; does --env name the environment of these data, flattened?" if key in ("obs", "action") else ""
             raise UserError(f"{name}: expected shape {expected}, found {list(value.shape)}{hint}")
         bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
-        if len(bad) and key != "next_obs":  # which may be missing where an episode ends
+        if len(bad) and (key != "next_obs" or len(bad) == len(flat)):  # they may be missing where an episode ends
             raise UserError(f"{name} has NaN or infinite values in {len(bad)} rows, the first is {bad[0]}")
         flag = key in ("terminal", "timeout", "mask")
         raw[key] = flat if key in sizes else flat[:, 0].astype(bool if flag else np.float32)
