@@ -646,7 +646,7 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spa
             hint = "; does --env name the environment of these data, flattened?" if key in ("obs", "action") else ""
             raise UserError(f"{name}: expected shape {expected}, found {list(value.shape)}{hint}")
         bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
-        if len(bad) and key != "next_obs":  # which may be missing where an episode ends
+        if len(bad) and (key != "next_obs" or len(bad) == len(flat)):  # they may be missing where an episode ends
             raise UserError(f"{name} has NaN or infinite values in {len(bad)} rows, the first is {bad[0]}")
         flag = key in ("terminal", "timeout", "mask")
         raw[key] = flat if key in sizes else flat[:, 0].astype(bool if flag else np.float32)
@@ -764,7 +764,7 @@ def load_built_in(name: str) -> dict[str, np.ndarray]:
     cache = folder / f"{name}-{DEMO_EPISODES[robot]}x1000-seed0-v1.npz"  # another version for another recipe
     try:
         with np.load(cache) as file:
-            return dict(file)
+            return {key: file[key] for key in (*NEEDED, "timeout")}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # missing or damaged
         print(f"making {name} (a few seconds, once)", flush=True)
     raw = make_cheetah_demo(name, DEMO_EPISODES[robot])
@@ -1363,7 +1363,7 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     if env == "help":
         print(list_datasets())
         sys.exit(0)
-    if given.get("resume") == HERE:
+    if given.get("resume") == HERE and "evaluate" not in given:
         resume_here(Args, given)
     if folder := given.get("evaluate") or given.get("resume"):
         first = next(iter(run_folders(folder).values()))
@@ -1384,6 +1384,8 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     args = replace(default, **given)
     if args.evaluate:
         useless(given, sorted(given.keys() - WITH_EVALUATE), "with --evaluate")
+        if len(args.seed) > 1:
+            raise UserError("--seed takes one integer with --evaluate: that of its episodes")
     elif args.resume:
         check_resume(args, given)
     else:
@@ -2116,7 +2118,9 @@ def lock(folder):
             holder = "process {pid} on {host} since {since}".format(**read_about(folder)["process"])
         except (UserError, KeyError):
             holder = "another process"
-        raise UserError(f"{folder} is in use by {holder}: wait for its end, or choose another --out") from None
+        own = f"process {os.getpid()} on {platform.node()}" in holder  # of a notebook
+        end = "common.release() gives back what an error left of it" if own else "wait for its end"
+        raise UserError(f"{folder} is in use by {holder}: {end}, or choose another --out") from None
 
 
 def begin_folder(folder, run, seed):
@@ -2423,7 +2427,7 @@ def across_seeds(summaries):
 def draw_curve(path, rows_of_seeds, run, who):
     """Score over updates, with the data's and the paper's level, beside the losses; all phases on one axis."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(f"{run.script.stem} on {run.root.resolve().name}, {who}")
+    figure.suptitle(f"{run.script.stem} on {run.root.resolve().name}, {who}", parse_math=False)
     left, right = figure.subplots(1, 2)
     key = "score" if any("score" in row for row in rows_of_seeds[0]) else "return"
     curves = [{row["total"]: (row[key], row[f"{key}_std"]) for row in rows if key in row} for rows in rows_of_seeds]

@@ -414,12 +414,16 @@ def test_without_an_environment(tmp_path, capsys):
     np.testing.assert_allclose(data.action[[0, -1]], [[-1, 0], [1 - 2 / 129, 0]], rtol=1e-5)
     for key, shape, words in (
         ("next_observations", (130, 12), r"next_observations: expected shape \[N, 3\], found \[130, 12\]$"),
+        ("next_observations", (130, 0), r"next_observations hold no numbers"),
         ("observations", (130, 0), r"observations hold no numbers, \[130, 0\]"),
         ("actions", (130, 0), r"actions hold no numbers, \[130, 0\]"),
     ):
         with pytest.raises(common.UserError, match=words):
             path = write(tmp_path / "x.npz", raw | {key: np.zeros(shape)})
             common.load_dataset("MyRobot-v0", path, judge=False)
+    with pytest.raises(common.UserError, match="next_observations has NaN or infinite values in 130 rows"):
+        path = write(tmp_path / "x.npz", raw | dict(next_observations=np.full((130, 3), np.nan)))
+        common.load_dataset("MyRobot-v0", path, judge=False)
     raw["actions"] = np.arange(130) % 3
     with pytest.raises(common.UserError, match="actions are whole numbers; only continuous"):
         common.load_dataset("MyRobot-v0", write(tmp_path / "x.npz", raw), judge=False)
@@ -832,6 +836,8 @@ def test_demo_cache(tmp_path, monkeypatch, capsys):
     assert "making" not in capsys.readouterr().out
     [file] = (tmp_path / "offline-rl").iterdir()
     file.write_bytes(file.read_bytes()[:1000])
+    assert torch.equal(common.load_dataset(name).rows, first.rows)
+    np.savez(file, obs=np.zeros((9, 17)))
     assert torch.equal(common.load_dataset(name).rows, first.rows)
 
     (tmp_path / "plain").write_text("a file where the folder should be")
