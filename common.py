@@ -1208,8 +1208,8 @@ def score(env, returns):
         low, high = REFERENCE[env.split("/")[1]]
     elif is_minari(env):
         with open_minari(env) as dataset:
-            metadata = dataset.storage.metadata
-        low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+            known = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
+            low, high = (None if value is None else float(value) for value in known)
     if low is None or high is None or low == high:
         return None
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
