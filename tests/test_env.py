@@ -567,10 +567,13 @@ def test_minari_environment_is_the_stored_one(minari_set):
 
 
 def test_minari_reference_scores(minari_set):
-    minari_set("own/pendulum-v1", gymnasium.make("Pendulum-v1"), ref_min_score=-1200.0, ref_max_score=-200.0)
+    minari_set("own/pendulum-v1", gymnasium.make("Pendulum-v1"), ref_min_score="-1200", ref_max_score=-200.0)
     np.testing.assert_allclose(common.score("own/pendulum-v1", [-1200, -700, -200]), [0, 50, 100])
     minari_set("own/pendulum-v2", gymnasium.make("Pendulum-v1"), ref_min_score=-3.0, ref_max_score=-3.0)
     assert common.score("own/pendulum-v2", -3.0) is None  # no scale
+    minari_set("own/pendulum-v3", gymnasium.make("Pendulum-v1"), ref_min_score="low", ref_max_score=1.0)
+    with pytest.raises(common.RunError, match="own/pendulum-v3.*'low'"):
+        common.score("own/pendulum-v3", 0.0)
 
 
 def test_minari_absent(tmp_path, monkeypatch):
