@@ -139,7 +139,8 @@ def markdown(table):
 def draw(tables, path):
     """A panel for each dataset, a bar for each method with its lowest and highest seed, data and clone as lines."""
     envs = [env for env in SETS if env in tables.get(None, {})]
-    names = [method for method in METHODS if method != "bc"]
+    there = {method for table in tables.values() for found in table.values() for method in found}
+    names = [method for method in METHODS if method in there - {"bc"}]
     figure = Figure(figsize=(4.5 * len(envs), 4), layout="constrained")
     for axes, env in zip(figure.subplots(1, len(envs), squeeze=False)[0], envs):
         for k, (rows, table) in enumerate(tables.items()):
@@ -156,7 +157,7 @@ def draw(tables, path):
             axes.axhline(clone, color="black", linestyle=":", label="behaviour cloning")
         axes.set_xticks(np.arange(len(names)) + 0.2, names, rotation=45)
         axes.set(title=Path(SETS[env]).stem, ylabel="D4RL score, mean of the last five")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(envs) == 1 else 4, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
