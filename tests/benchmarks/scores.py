@@ -157,7 +157,9 @@ def draw(tables, path):
             axes.axhline(clone, color="black", linestyle=":", label="behaviour cloning")
         axes.set_xticks(np.arange(len(names)) + 0.2, names, rotation=45)
         axes.set(title=Path(SETS[env]).stem, ylabel="D4RL score, mean of the last five")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(envs) == 1 else 4, fontsize=8)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(envs) == 1 else 4, fontsize=8
+    )
     figure.savefig(path, dpi=100)
 
 
