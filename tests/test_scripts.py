@@ -248,7 +248,7 @@ def test_an_environment_is_needed_only_to_evaluate(name, start, monkeypatch):
 @pytest.mark.parametrize("name", ["bdm_rebrac_sbc", "dac", "qdq", "srpo"])
 def test_rows_in_no_order_are_refused_where_episodes_count(name, start, monkeypatch, capsys):
     data = common.load_dataset(ENV)
-    data.episode = data.step = None
+    data.episode = None
     monkeypatch.setattr(importlib.import_module(name), "load_dataset", lambda *_, **more: data)
     with pytest.raises(SystemExit):
         start(name)
