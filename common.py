@@ -973,6 +973,10 @@ def make_env(env, render_mode=None, max_episode_steps=1000):
         raise UserError(f"{env} cannot be made here: {type(error).__name__}: {why}{hint}") from error
     if original or (is_minari(env) and env.startswith(("mujoco/", "D4RL/"))):  # recorded before mujoco 3.5
         restore_margins(raw)
+    if render_mode and isinstance(raw.unwrapped, MujocoEnv) and not isinstance(raw.unwrapped, AntMaze):
+        camera = mujoco.mj_name2id(raw.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        if camera >= 0:  # Gymnasium's own choice lets robots walk out of the picture
+            raw.unwrapped.mujoco_renderer.camera_id = camera
     if raw.spec and raw.spec.max_episode_steps:
         return FlatEnv(raw, env)
     return FlatEnv(gymnasium.wrappers.TimeLimit(raw, max_episode_steps), env, assumed_limit=max_episode_steps)
@@ -1089,7 +1093,10 @@ class AntMaze(MujocoEnv):
     def __init__(self, maze, render_mode=None):
         self.walls, (row, col) = MAZES[maze]
         self.goal_cell = np.array([4.0 * (col - 1), 4.0 * (row - 1)])
-        super().__init__("ant.xml", 5, spaces.Box(-np.inf, np.inf, (29,), np.float64), render_mode)
+        rows, cols = len(self.walls), len(self.walls[0])
+        above = {"lookat": np.array([2 * cols - 6, 2 * rows - 6, 0]), "distance": 5 * max(rows, cols), "elevation": -60}
+        space = spaces.Box(-np.inf, np.inf, (29,), np.float64)
+        super().__init__("ant.xml", 5, space, render_mode, default_camera_config=above)
 
     def _initialize_simulation(self):
         contact = {"solref": [0.02, 1], "solimp": [0.8, 0.8, 0.01, 0.5, 2]}
@@ -1272,7 +1279,7 @@ def evaluate_run(args, Learner):
     if args.video:  # first: what it lacks is better known before the episodes
         film = folder / "video.mp4"
         value = record_video(act, args.env, film, seed)
-        print(f"video of the first episode (return {value:.1f}): {film}")
+        print(f"video of one episode (return {value:.1f}): {film}")
     returns = evaluate(act, envs, seed)
     text = f"{folder}: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
     scores = score(args.env, returns)

@@ -821,6 +821,12 @@ def test_video_that_cannot_be_drawn(tmp_path, monkeypatch):
         common.record_video(random_policy(1), "pendulum-demo-medium", tmp_path / "video.mp4", seed=0)
 
 
+@pytest.mark.parametrize("name", ["halfcheetah-demo-medium", "hopper-medium-v2", "Walker2d-v5"])
+def test_the_camera_follows_the_robot(name):
+    env = common.make_env(name, render_mode="rgb_array").unwrapped
+    assert env.model.camera(env.mujoco_renderer.camera_id).name == "track"
+
+
 def test_video(tmp_path):
     pytest.importorskip("moviepy")
     pytest.importorskip("pygame")
