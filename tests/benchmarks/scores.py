@@ -8,12 +8,13 @@
 
 DATA is a folder with the files named in SETS. The protocol was fixed before the first run: every run takes the paper's
 settings for the D4RL set of the same robot and kind and changes only what SCALE and LONG say, nothing was tuned; twenty
-evaluations. A stopped run is resumed. A finished one leaves its summary, its curve and the CPU time it took in
-tests/results/scores, and is not made again; the tables in tests/results/README.md and the picture beside them are drawn
-from that folder alone.
+evaluations. A stopped run is resumed. A finished one leaves its summary, its curve, what its score comes from and the
+CPU time it took in tests/results/scores, and is not made again; the tables in tests/results/README.md and the picture
+beside them are drawn from that folder alone. An older core, without AVX-512, takes up to three times as long.
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -22,11 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import load_dataset, processor, read_csv, score, warn  # noqa: E402
+from common import REFERENCE, load_dataset, load_policy, processor, read_csv, score, warn  # noqa: E402
 
 KEPT = ROOT / "tests/results/scores"
 SETS = {
@@ -92,13 +94,44 @@ def train(args, method, env, seed):
     print(f"{method} {env} seed {seed}: {seconds / 60:.0f} min of CPU time", flush=True)
     if not args.full:
         curve = [(row["total"], row["score"]) for row in read_csv(run / "metrics.csv") if "score" in row]
-        data = load_dataset(env, str(args.data / SETS[env]), judge=False).episode_returns
-        known = dict(method=method, rows=args.rows, data_score=float(score(env, data).mean()), curve=curve)
+        data = load_dataset(env, str(args.data / SETS[env]), judge=False)
+        behavior = float(score(env, data.episode_returns).mean())
+        known = dict(method=method, rows=args.rows, data_score=behavior, curve=curve) | causes(script, run, data)
         known |= dict(cpu_minutes=seconds / 60, processor=processor(), command=" ".join(command[1:]))
         known["command"] = known["command"].replace(f"{ROOT}/", "").replace(f"{args.data}/", "DATA/")
         summary = json.loads((run / "summary.json").read_text()) | dict(data_path=SETS[env], env=env)
         KEPT.mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps(summary | known, indent=1).replace(f"{args.out}", "runs/scores"))
+
+
+def causes(script, run, data):
+    """Where a score comes from: Q over the last tenth of the updates beside what it can be, and the policy's place.
+
+    q: mean Q at the data's rows (DAC: mean |Q|). data_q: the mean discounted return that follows these rows, as far as
+    the data go. expert_q: D4RL's expert, for ever. All three in the data's own rewards. distance: mean over 1,000 rows
+    of |policy's action - the data's|^2 per dimension.
+    """
+    module = importlib.import_module(script)
+    act = load_policy(getattr(module, "BDM" if script == "bdm_rebrac_sbc" else script.upper()), module.Args, run)
+    index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:1000]
+    found = dict(distance=float(np.mean((act(data.obs[index].numpy()) - data.action[index].numpy()) ** 2)))
+    rows = [row for row in read_csv(run / "metrics.csv") if "q" in row or "q_scale" in row]
+    gamma = json.loads((run / "args.json").read_text())["args"]["gamma"]
+    reward, follows = data.reward.numpy().astype(float), np.append(np.diff(data.episode.numpy()) == 0, False)
+    value = np.zeros(len(data))
+    for i in reversed(range(len(data))):
+        value[i] = reward[i] + (gamma * value[i + 1] if follows[i] else 0)
+    if rows:
+        scaled = data.reward.clone()
+        if script == "dac":
+            module.prepare(data)
+        elif script == "srpo":
+            module.scale_rewards(data)
+        expert = REFERENCE[data.name.split("-")[0]][1]
+        scale = float((data.reward / scaled)[scaled != 0].median())
+        last = [row.get("q", row.get("q_scale")) for row in rows[-max(len(rows) // 10, 1) :]]
+        found |= dict(q=float(np.mean(last)) / scale, data_q=value.mean(), expert_q=expert / 1000 / (1 - gamma))
+    return found
 
 
 def collect(rows):
@@ -136,6 +169,19 @@ def markdown(table):
     return "\n".join(lines)
 
 
+def explain(tables):
+    """Where the scores come from, a row for each run that was measured: see `causes`."""
+    lines = ["| | set | last five | distance | mean Q | the data's | an expert's |", "|---" * 7 + "|"]
+    for rows, table in tables.items():
+        for runs in [found[method] for method in METHODS for found in table.values() if method in found]:
+            for run in [run for run in runs if "distance" in run]:
+                name = f"{run['method']}{f' as {rows}' if rows else ''}, seed {run['seed']}"
+                q = [f"{run[key]:.0f}" if key in run else "" for key in ("q", "data_q", "expert_q")]
+                place = f"{Path(run['data_path']).stem} | {run['score']['last_five']:.1f} | {run['distance']:.3f}"
+                lines.append(f"| {name} | {place} | {' | '.join(q)} |")
+    return "\n".join(lines)
+
+
 def draw(tables, path):
     """A panel for each dataset, a bar for each method with its lowest and highest seed, data and clone as lines."""
     envs = [env for env in SETS if tables.get(None, {}).get(env, {}).keys() - {"bc"}]
@@ -169,11 +215,12 @@ def write_tables():
     tables = {rows: table for rows, table in tables.items() if table}
     page = ROOT / "tests/results/README.md"
     text = page.read_text()
-    for rows, table in tables.items():
-        begin, end = f"<!-- scores {rows} -->", "<!-- end -->"
+    parts = {f"scores {rows}": markdown(table) for rows, table in tables.items()} | {"causes": explain(tables)}
+    for name, table in parts.items():
+        begin, end = f"<!-- {name} -->", "<!-- end -->"
         head, rest = text.split(begin)
-        text = f"{head}{begin}\n{markdown(table)}\n{end}{rest.split(end, 1)[1]}"
-        print(f"\n{rows or 'same kind'}\n{markdown(table)}")
+        text = f"{head}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
+        print(f"\n{name}\n{table}")
     page.write_text(text)
     if any(found.keys() - {"bc"} for found in tables.get(None, {}).values()):
         draw(tables, ROOT / "tests/figures/scores.png")
