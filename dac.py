@@ -116,6 +116,7 @@ class Args(RunArgs):
 
 MAZE = dict(eta=0.1, eta_lr=0.0, max_q_backup=True)  # one fixed eta, so b has no role
 PAPER = {  # runs.sh of the official code: b, rho (what is not named is the same everywhere); the paper's table: score
+    # b = 1 is the loss of a net that predicts no noise at all: eta falls to its floor, and Q leads alone
     "halfcheetah-medium-v2": dict(bc_threshold=1.0, rho=0.0, paper_score=59.1),
     "halfcheetah-medium-replay-v2": dict(bc_threshold=1.0, rho=0.0, paper_score=55.0),
     "halfcheetah-medium-expert-v2": dict(bc_threshold=0.1, rho=0.0, paper_score=99.1),
