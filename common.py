@@ -155,7 +155,7 @@ for _name, *_sizes, _sha256 in map(str.split, KNOWN_FILES.strip().split("\n")):
     DATASETS[_name] = Source(server_path(_name), tuple(map(int, _sizes)), _sha256)
 DATASETS |= {_name: Source(server_path(_name), (), "") for _name in UNKNOWN_FILES}
 
-# Names of arrays: here, and in the files (either is read); a file must hold those in NEEDED.
+# Names of arrays: here, and in the files (either is read, and Gymnasium's words); a file must hold those in NEEDED.
 KEYS = {
     "obs": "observations",
     "action": "actions",
@@ -166,6 +166,8 @@ KEYS = {
     "mask": "masks",
 }
 NEEDED = ("obs", "action", "reward", "terminal")
+NAMES = {key: key for key in KEYS} | {"terminations": "terminal", "truncations": "timeout"}
+NAMES |= {name: key for key, name in KEYS.items()}
 
 # Raw returns that D4RL calls score 0 and score 100, by the first word of the dataset's name.
 REFERENCE = {
@@ -252,7 +254,8 @@ class Dataset:
     ) -> "Dataset":  # fmt: skip
         """Pack time-ordered arrays: obs [N, S], action [N, A], reward, terminal, timeout [N] (the last two bool).
 
-        `next_obs` [N, S] given: all rows are kept; the last row of an episode repeats its own action as next action.
+        `next_obs` [N, S] given: all rows are kept but those that lack theirs (NaN) and are no terminals; the last row
+        of an episode repeats its own action as next action.
         Not given: D4RL's `qlearning_dataset` rule: the successor is the next row, so the last row and all time-limit
         rows are dropped, and a terminal row points into the next episode (harmless where terminal masks it).
         `ends` [N, S] replaces next_obs at terminal rows only, for methods that look at the last state itself.
@@ -265,15 +268,16 @@ class Dataset:
             keep = np.flatnonzero(keep)
             after = keep + 1
         else:
-            keep = np.arange(len(obs))
-            after = np.where(end, keep, np.minimum(keep + 1, len(obs) - 1))
+            known = np.isfinite(next_obs)
+            keep = np.flatnonzero(known.all(axis=1) | terminal)
+            after = np.where(end[keep], keep, np.minimum(keep + 1, len(obs) - 1))
         if len(keep) == 0:
             raise UserError(f"{name}: no transition is left: every row but the last is a time limit")
 
-        following = obs[after] if next_obs is None else next_obs
+        following = obs[after] if next_obs is None else np.where(known, next_obs, obs)[keep]
         if ends is not None:
             following = np.where(terminal[keep, None], ends[keep], following)
-        next_action = action[after] if in_order else np.full_like(action, np.nan)
+        next_action = action[after] if in_order else np.full_like(action[keep], np.nan)
         columns = (obs[keep], action[keep], reward[keep, None], following, next_action, terminal[keep, None])
         rows = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32))
 
@@ -500,8 +504,8 @@ def open_arrays(path: Path, sizes: tuple[int, ...] = (), hint: str = ""):
             raise RunError(f"{path} cannot be read: {os.strerror(error.errno)}") from error
         found = f"found {path.stat().st_size} bytes" + (f", expected {' or '.join(map(str, sizes))}" if sizes else "")
         raise RunError(f"{path} is not a complete {kind} file ({found}){hint}") from error
-    if missing := [KEYS[key] for key in NEEDED if not {key, KEYS[key]} & set(arrays)]:
-        raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(arrays))[:200]}")
+    if missing := [KEYS[key] for key in NEEDED if key not in map(NAMES.get, arrays)]:
+        raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(map(str, arrays)))[:200]}")
     return arrays
 
 
@@ -511,8 +515,7 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"--data-path {path}: no such file or Minari dataset folder")
     arrays = {}
     with open_arrays(path) as file:
-        names = {short: name for short, long in KEYS.items() for name in (short, long) if name in file}
-        for short, name in names.items():
+        for short, name in {key: name for name, key in NAMES.items() if name in file}.items():
             try:
                 value = file[name]
                 if isinstance(value, h5py.Group):
@@ -649,6 +652,8 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spa
         if len(bad) and (key != "next_obs" or len(bad) == len(flat)):  # they may be missing where an episode ends
             raise UserError(f"{name} has NaN or infinite values in {len(bad)} rows, the first is {bad[0]}")
         flag = key in ("terminal", "timeout", "mask")
+        if flag and len(odd := flat[(flat != 0) & (flat != 1)]):
+            raise UserError(f"{name} must be 0 or 1 in every row, found {odd[0]:g}")
         raw[key] = flat if key in sizes else flat[:, 0].astype(bool if flag else np.float32)
     raw["action"] = scale_actions(raw["action"], env, box)
 
@@ -675,6 +680,8 @@ def scale_actions(action: np.ndarray, env: str, box: spaces.Box | None) -> np.nd
             f" (up to {ACTION_SLACK:.0%} of half the range is accepted)"
         )
     if np.any(low != -1) or np.any(high != 1):
+        if 0.99 < np.abs(action).max() < 1.01 < high.min():
+            warn(f"{env}: the actions end at 1, their box is {bounds}: were they scaled before? Then scale them back")
         width = np.where(high > low, high - low, np.inf)  # where there is no choice: 0 below
         action = np.where(high > low, 2 * (action - low) / width - 1, 0)
     return np.clip(action, -1, 1).astype(np.float32, copy=False)
@@ -701,17 +708,19 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
     obs, terminal, next_obs = raw["obs"], raw["terminal"], raw.get("next_obs")
     jump = np.zeros_like(terminal)  # rows not followed by their own next_obs
     if next_obs is not None:
-        near = 1e-3 * np.abs(obs[1:]) + 1e-5 * np.abs(obs).max(axis=0)  # allows for float16
+        with np.errstate(over="ignore"):  # the precision of what was stored, and what is little beside a usual step
+            half = any(np.array_equal(x, x.astype(np.float16), equal_nan=True) for x in (obs, next_obs))
+        near = (5e-4 if half else 1e-6) * np.abs(obs[1:]) + 1e-3 * np.nanmedian(np.abs(next_obs - obs), axis=0)
         jump[:-1] = ~np.all(np.abs(next_obs[:-1] - obs[1:]) <= near, axis=1)
         jump &= ~(terminal | raw.get("timeout", False))
     if jump.any():
         states = {row.tobytes() for row in obs}
-        if 2 * np.count_nonzero(jump) > len(obs) or any(row.tobytes() in states for row in next_obs[jump]):
+        meet = any(row.tobytes() in states for row in next_obs[jump])
+        if meet or 2 * np.count_nonzero(jump) > len(obs):
             print(f"{env}: the rows are not in time order; what follows each is taken from its next_observations")
-            known = np.isfinite(next_obs).all(axis=1)
-            raw["next_obs"] = np.where(known[:, None], next_obs, obs)  # terminal masks it
+            if not meet:
+                warn(f"{env}: no row starts where another's next_observations end; are both scaled alike?")
             raw["timeout"] = np.zeros_like(terminal)
-            raw.update({key: value[known | terminal] for key, value in raw.items()})
             return False
         print(f"{env}: {np.count_nonzero(jump)} episodes end without a mark, as their next_observations show")
     if rule is not None:

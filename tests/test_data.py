@@ -321,6 +321,34 @@ def test_next_observations_show_the_ends(tmp_path, capsys, marks):
     np.testing.assert_allclose(data.next_action[:29], raw["actions"][1:30] / 2, rtol=1e-5)
 
 
+def far_from_zero(raw):
+    """Such as temperatures in kelvin, which hardly change beside their size."""
+    return {key: (300 + value / 1000 if "obs" in key else value).astype(value.dtype) for key, value in raw.items()}
+
+
+def test_small_changes_of_large_numbers(tmp_path, capsys):
+    raw = far_from_zero(episodes())
+    data = load(tmp_path, without(raw, "timeouts"))
+    assert data.episode.max() == 3 and "2 episodes end without a mark" in capsys.readouterr().out  # and a terminal
+    shuffle = np.random.default_rng(0).permutation(130)
+    data = load(tmp_path, {key: value[shuffle] for key, value in raw.items()})
+    assert data.episode is None and "not in time order" in capsys.readouterr().out
+    assert load(tmp_path, raw).episode is not None
+    raw["observations"][77] = raw["next_observations"][76] = 1e6  # a broken row
+    assert load(tmp_path, {key: value[shuffle] for key, value in raw.items()}).episode is None
+
+
+@pytest.mark.parametrize("scale", [lambda obs, after: after / 7, lambda obs, after: after - obs, None])
+def test_next_observations_of_another_scale(tmp_path, capsys, scale):
+    raw = episodes()
+    if scale:
+        raw["next_observations"] = scale(raw["observations"], raw["next_observations"])
+    else:
+        raw = {key: value[::-1] for key, value in raw.items()}
+    load(tmp_path, raw)
+    assert ("are both scaled alike?" in capsys.readouterr().err) == (scale is not None)
+
+
 @pytest.mark.parametrize("odd", ["float16", "noise", "no mark at all", "blocks"])
 def test_time_order_is_recognised(tmp_path, capsys, odd):
     raw = episodes(terminals=(1, 3))
@@ -377,6 +405,14 @@ def test_masks_that_only_repeat_terminals(tmp_path, capsys):
     np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
 
 
+def test_the_words_of_gymnasium(tmp_path):
+    raw = arrays()
+    words = dict(terminations=raw["terminals"], truncations=raw["timeouts"])
+    for given in (without(raw, "terminals", "timeouts") | words, without(raw, "timeouts") | words):
+        data = common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", given))
+        np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
+
+
 # Actions and their box
 
 
@@ -395,6 +431,14 @@ def test_actions_a_little_outside(tmp_path, capsys, factor, said):
     raw["actions"][0] = -2.11
     with pytest.raises(common.UserError, match=r"must be in \[-2, 2\], found \[-2.11, "):
         load(tmp_path, raw)
+
+
+def test_actions_that_were_scaled_before(tmp_path, capsys):
+    raw = episodes()
+    for largest, said in ((1.0, True), (0.9, False), (1.9, False)):
+        raw["actions"][:] = np.linspace(-largest, largest, 130)[:, None]
+        assert load(tmp_path, raw).action.abs().max() == np.float32(largest / 2)
+        assert ("end at 1, their box is [-2, 2]: were they scaled" in capsys.readouterr().err) == said
 
 
 @pytest.mark.filterwarnings("error")
@@ -524,6 +568,9 @@ def with_nan(value):
         (broken("rewards", lambda r: r / 0.0), "rewards has NaN or infinite values in 500 rows, the first is 0"),
         (broken("actions", lambda a: a * 3), r"actions must be in \[-1, 1\], found \[-[23]\..*another environment"),
         (lambda raw: raw.pop("timeouts"), "no timeouts"),
+        (broken("terminals", lambda t: np.where(t, 1, -1)), "terminals must be 0 or 1 in every row, found -1"),
+        (broken("terminals", lambda t: t * 0.5), "terminals must be 0 or 1 in every row, found 0.5"),
+        (broken("timeouts", lambda t: np.arange(500) % 100), "timeouts must be 0 or 1 in every row, found 2"),
         (lambda raw: [raw["terminals"].fill(0), raw["timeouts"].fill(0)], "no complete episode"),
         (lambda raw: raw["timeouts"].fill(1), "no transition is left"),
         (lambda raw: raw.update({key: value[:0] for key, value in raw.items()}), "data are empty, found 0 rows"),
