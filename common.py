@@ -494,6 +494,7 @@ def open_arrays(path: Path, sizes: tuple[int, ...] = (), hint: str = ""):
             arrays = h5py.File(path, "r")
         else:
             kinds = {b"\x80": " but a pickle", b"<": " but a web page", b"\x93NUMPY": " but a single .npy array"}
+            kinds |= {b"\x1f\x8b": " but packed by gzip", b"version ": " but a pointer of Git LFS: git lfs pull"}
             kind = next((kind for first, kind in kinds.items() if start.startswith(first)), "")
             raise RunError(f"{path} is neither an HDF5 file nor an .npz{kind}" if start else f"{path} is empty{hint}")
     except (OSError, zipfile.BadZipFile) as error:
@@ -544,7 +545,7 @@ def minari_folder(env: str) -> Path:
 @contextlib.contextmanager
 def open_minari(env: str, folder: Path | None = None, download: bool = False):
     """A Minari dataset by its id, or by its folder. What goes wrong while it is in use becomes one sentence."""
-    folder = folder or minari_folder(env)
+    own, folder = folder is not None, folder or minari_folder(env)
     folder = folder if folder.name == "data" else folder / "data"
     try:
         import minari
@@ -558,13 +559,16 @@ def open_minari(env: str, folder: Path | None = None, download: bool = False):
     except UserError:
         raise
     except ImportError as error:
-        missing = error.name or "that fetches them"
-        raise UserError(f'Minari data need the package {missing}: pip install "minari[hdf5,hf]" pillow') from error
+        need = f'the package {error.name}: pip install "minari[hdf5,hf]" pillow' if error.name else reason(error)
+        raise UserError(f"Minari data need {need}") from error
     except Exception as error:  # the package lets through many kinds
         text = f"Minari dataset '{env}' cannot be opened ({type(error).__name__}: {reason(error)[:200]})"
         if not folder.is_dir():
-            text += f": there is no {folder}" + "; check the id and the network" * download
-        elif "truncated" in text or "No data found" in text:
+            hint = "; check the id and the network" if download else f"; for an environment write my_module:{env}"
+            text += f": there is no {folder}" + hint * (not own)
+        elif own or not ("truncated" in text or "No data found" in text):
+            text += f"; its files are in {folder}"
+        else:
             text += (
                 f"; an interrupted download in {folder} is repaired by"
                 f" python -c \"import minari; minari.download_dataset('{env}', force_download=True)\""
@@ -578,6 +582,8 @@ def read_minari(env: str, folder: Path | None):
     with open_minari(env, folder, download=folder is None) as dataset:
         check_spaces(dataset.observation_space, dataset.action_space, env)
         for episode in dataset.iterate_episodes():
+            if len(episode.rewards) == 0:  # it was stopped before its first step
+                continue
             obs = flatten(dataset.observation_space, episode.observations)  # [T + 1, S]
             action = flatten(dataset.action_space, episode.actions)
             terminal = np.asarray(episode.terminations, bool)
@@ -595,7 +601,10 @@ def flatten(space: gymnasium.Space, value) -> np.ndarray:
         names = space.spaces if isinstance(space, spaces.Dict) else range(len(space))
         return np.concatenate([flatten(space[name], value[name]) for name in names], axis=1)
     if isinstance(space, spaces.Box):
-        return np.asarray(value, np.float32).reshape(len(value), -1)
+        value, size = np.asarray(value, np.float32), math.prod(space.shape)
+        if value.size != len(value) * size:
+            raise ValueError(f"an episode has rows of the shape {list(value.shape[1:])}, not {list(space.shape)}")
+        return value.reshape(len(value), size)
     return np.stack([spaces.flatten(space, one) for one in value])  # one-hot
 
 

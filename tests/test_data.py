@@ -594,6 +594,8 @@ def test_bad_data(tmp_path, damage, words):
         ("x.npz", b"PK\3\4 nonsense", "not a complete .npz file .found 13 bytes", 1),
         ("x.hdf5", b"\x89HDF\r\n\x1a\n", "not a complete HDF5 file .found 8 bytes", 1),
         ("x.npz", pickle.dumps({}), "but a pickle", 1),
+        ("x.hdf5.gz", b"\x1f\x8b", "but packed by gzip", 1),
+        ("x.hdf5", b"version https://git-lfs.github.com/spec/v1", "but a pointer of Git LFS: git lfs pull", 1),
         ("x.hdf5", b"0.1,0.2", "neither an HDF5 file nor an .npz$", 1),
         ("x.hdf5", None, "no such file", 2),
     ],
@@ -820,6 +822,38 @@ def test_minari_partial(toy_data, left):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(common.RunError, match="interrupted download.*'toy/dict-v0', force_download=True"):
         common.load_dataset("toy/dict-v0")
+    with pytest.raises(common.RunError, match=f"its files are in {toy_data}/data$"):  # perhaps of no download
+        common.load_dataset("DictToy-v0", str(toy_data))
+
+
+def edited(episode, change):
+    """`change` of the arrays of an episode in the file, by their names."""
+    for name in ("actions", "rewards", "terminations", "truncations", "observations/b", "observations/a/y"):
+        value = change(name, episode[name][()])
+        del episode[name]
+        if value is not None:
+            episode[name] = value
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda name, value: value[: name.startswith("o")], 8 + 8 + 5),  # stopped before its first step
+        (lambda name, value: np.where(np.arange(len(value)) == 5, np.nan, value.T).T if name[-1] == "b" else value, 26),
+        (lambda name, value: np.r_[value.T, value.T].T if name[-1] == "b" else value, "rows of the shape .4., not .2."),
+        (lambda name, value: None if name == "rewards" else value, "'rewards' doesn't exist.*its files are in"),
+    ],
+)
+def test_minari_episodes_of_other_shapes(toy_data, change, found):
+    with h5py.File(toy_data / "data" / "main_data.hdf5", "a") as file:
+        edited(file["episode_1"], change)
+    if isinstance(found, int):
+        data = common.load_dataset("toy/dict-v0")
+        assert len(data) == found and data.rows.isfinite().all()
+    else:
+        with pytest.raises(common.RunError, match=found):
+            common.load_dataset("toy/dict-v0")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -844,6 +878,13 @@ def test_minari_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(minari, "download_dataset", offline)
     with pytest.raises(common.RunError, match="'mujoco/hopper/medium-v0' cannot be opened .*no route.*network"):
         common.load_dataset("mujoco/hopper/medium-v0")
+    for text in ("pyarrow is not installed. Please", "no route\nto host"):
+        monkeypatch.setattr(minari, "MinariDataset", lambda *args, text=text: (_ for _ in ()).throw(ImportError(text)))
+        with pytest.raises(common.UserError, match=f"^Minari data need {text.splitlines()[0]}[^\n]*$"):
+            common.make_env("ALE/Pong-v5")
+    monkeypatch.undo()
+    with pytest.raises(common.RunError, match="there is no .*; for an environment write my_module:ALE/Pong-v5"):
+        common.make_env("ALE/Pong-v5")
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(common.UserError, match=r'need the package minari: pip install "minari\[hdf5,hf\]"'):
         common.load_dataset("mujoco/hopper/medium-v0")
