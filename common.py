@@ -614,6 +614,9 @@ class Unfit(UserError):
 
 def check_spaces(obs: gymnasium.Space, action: gymnasium.Space, name: str) -> None:
     """Refuse observations that are no vector of numbers, and actions that are not continuous."""
+    for space in (obs, action):
+        if not isinstance(space, gymnasium.Space):
+            raise UserError(f"{name} has a space of {type(space).__module__}.{type(space).__name__}, not of gymnasium")
     if isinstance(obs, spaces.Dict | spaces.Tuple):
         for part in obs.spaces.values() if isinstance(obs, spaces.Dict) else obs.spaces:
             check_spaces(part, action, name)
@@ -980,20 +983,19 @@ def make_env(env, render_mode=None, max_episode_steps=1000):
             warnings.filterwarnings("ignore", "(Installed|Package) .*")  # published sets name older versions
             make = make_d4rl if original else make_minari if is_minari(env) else gymnasium.make
             raw = make(env, **options)
+            if original or (is_minari(env) and env.startswith(("mujoco/", "D4RL/"))):  # recorded before mujoco 3.5
+                restore_margins(raw)
+            limit = None if raw.spec and raw.spec.max_episode_steps else max_episode_steps
+            return FlatEnv(gymnasium.wrappers.TimeLimit(raw, limit) if limit else raw, env, assumed_limit=limit)
     except UserError:
         raise
     except gymnasium.error.UnregisteredEnv:
         near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES, *gymnasium.registry])
         raise UserError(f"unknown environment '{env}'{near}") from None
-    except Exception as error:  # whatever its module and constructor raise
+    except (Exception, SystemExit) as error:  # whatever its module and constructor raise
         hint = " (install it, or add its folder to PYTHONPATH)" if isinstance(error, ModuleNotFoundError) else ""
         why = reason(error).split(". ")[0]
         raise UserError(f"{env} cannot be made here: {type(error).__name__}: {why}{hint}") from error
-    if original or (is_minari(env) and env.startswith(("mujoco/", "D4RL/"))):  # recorded before mujoco 3.5
-        restore_margins(raw)
-    if raw.spec and raw.spec.max_episode_steps:
-        return FlatEnv(raw, env)
-    return FlatEnv(gymnasium.wrappers.TimeLimit(raw, max_episode_steps), env, assumed_limit=max_episode_steps)
 
 
 class FlatEnv(gymnasium.Wrapper):
@@ -1015,7 +1017,7 @@ class FlatEnv(gymnasium.Wrapper):
         try:
             obs, info = self.env.reset(**kwargs)
             return self._flat(obs), info
-        except Exception as error:  # whatever its code raises
+        except (Exception, SystemExit) as error:  # whatever its code raises
             raise self._failed("reset", error) from error
 
     def step(self, action):
@@ -1025,7 +1027,7 @@ class FlatEnv(gymnasium.Wrapper):
             obs, *rest, info = self.env.step(action)
             reward, terminated, truncated = (x.item() if hasattr(x, "item") else x for x in rest)  # arrays or tensors
             return self._flat(obs), float(reward), bool(terminated), bool(truncated), info
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failed("step", error) from error
 
     def close(self):
@@ -1247,16 +1249,15 @@ def evaluate(act, envs, seed, tick=lambda: None):
 
     All episodes advance together, with one call of `act` per time step for those that still run: float32
     observations [m, S] to actions [m, A], m <= n. Environment i is reset with seed + i. No global random generator is
-    touched. `tick` is called before every time step. Raises RunError when `act` gives a wrong shape or a value that is
-    not finite, or a return is not finite.
+    touched. `tick` is called before every reset and step of each. Raises RunError when `act` gives a wrong shape or a
+    value that is not finite, or a return is not finite.
     """
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [n, S]
+    obs = np.stack([tick() or env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [n, S]
     returns, running = np.zeros(len(envs)), np.ones(len(envs), bool)
     for step in itertools.count():
         live = np.flatnonzero(running)
         if len(live) == 0:
             break
-        tick()
         action = np.asarray(act(obs[live]), np.float32)
         expected = (len(live), *envs[0].action_space.shape)
         if action.shape != expected:
@@ -1267,6 +1268,7 @@ def evaluate(act, envs, seed, tick=lambda: None):
             what = "the policy gave an action" if np.isfinite(obs[bad]).all() else "the environment gave an observation"
             raise RunError(f"{what} that is not finite at step {step} in environment {bad}")
         for i, a in zip(live, action):
+            tick()
             obs[i], reward, terminated, truncated, _ = envs[i].step(a)
             returns[i] += reward
             running[i] = not (terminated or truncated)
@@ -1994,6 +1996,12 @@ class Run:
                 found.append(evaluate(policy_of(learner), self.envs, evaluation_seed(seed), tick))
         except Stopped:
             return False
+        except RunError:  # of the policy: the last checkpoint may be better
+            raise
+        except UserError as error:  # of an environment
+            self.save()
+            rest = f"all updates are saved, --resume {self.place} tries again, or does without by --eval-episodes 0"
+            raise RunError(f"{error}; {rest}") from error
         self.owed, self.terminal.evaluation_seconds = False, time.monotonic() - begin
         for log, returns in zip(self.logs, found):
             values = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
@@ -2035,6 +2043,7 @@ class Run:
                     elsewhere = True
                 for name in BOOKS:
                     setattr(self, name, checkpoint[name])
+                self.owed &= bool(self.envs)
             write_about(folder, self, seed, about | dict(resumed=[*about.get("resumed", []), now()]))
         ahead = [count for count in updates_of(run_folders(self.args.resume)).values() if count > self.total]
         self.goal = min(ahead, default=None)  # where these seeds meet others

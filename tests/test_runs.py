@@ -402,6 +402,41 @@ def test_a_signal_in_an_evaluation_drops_it_and_the_resumed_run_makes_it(tmp_pat
         assert [[row.get(key) for key in keys] for row in after] == [[row.get(key) for key in keys] for row in before]
 
 
+def test_an_evaluation_that_is_owed_may_be_left_out(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, data=Slow(number=signal.SIGTERM), eval_episodes=1, eval_every=60)
+    with pytest.raises(SystemExit):
+        train(run, learners, evaluate=True)
+    run, learners = resumed(monkeypatch, "--resume", run.place, "--eval-episodes", "0")
+    train(run, learners, evaluate=True)
+    assert learners[0].weight == 100
+
+
+class Failing(Data):
+    def make_env(self, max_episode_steps):
+        env = super().make_env(max_episode_steps)
+        env.env = SimpleNamespace(reset=lambda **_: 1 / 0, close=lambda: None)
+        return env
+
+
+def test_an_environment_that_fails_costs_no_updates(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, data=Failing(), eval_episodes=1, eval_every=30, checkpoint_every=50)
+    words = f"failed in reset: ZeroDivisionError: .*; all updates are saved, --resume {run.place} .*--eval-episodes 0"
+    with pytest.raises(RunError, match=words):
+        train(run, learners, evaluate=True)
+    run, learners = resumed(monkeypatch, "--resume", run.place)
+    assert run.step == learners[0].weight == 30
+    train(run, learners, evaluate=True)
+    assert [row["total"] for row in common.read_csv(run.place / "metrics.csv") if "return" in row] == [30, 60, 90, 100]
+
+
+def test_a_policy_that_fails_costs_no_checkpoint(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, eval_episodes=1, eval_every=30)
+    learners[0].act = lambda obs, generator: torch.full((len(obs), 1), torch.nan)
+    with pytest.raises(RunError, match="the policy gave an action that is not finite"):
+        train(run, learners, evaluate=True)
+    assert common.load_checkpoint(run.place)["step"] == 20
+
+
 def test_a_second_ctrl_c_ends_at_once_other_signals_do_not(tmp_path):
     run, _ = make_run(tmp_path)
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
