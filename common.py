@@ -9,6 +9,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import errno
 import functools
 import hashlib
 import http.client
@@ -1542,9 +1543,9 @@ def check_args(args):
         need("wandb", "--wandb")
     if not (args.evaluate or args.resume):
         out = Path(args.out).absolute()
-        there = next(path for path in (out, *out.parents) if path.exists())
+        there = next(path for path in (out, *out.parents) if os.path.lexists(path))
         if not there.is_dir() or not os.access(there, os.W_OK):
-            why = "read-only" if there.is_dir() else "a file"
+            why = "read-only" if there.is_dir() else "no folder"
             raise UserError(f"--out {args.out} cannot be written: {there} is {why}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1689,29 +1690,36 @@ def set_state(parts, state):
 
     False if the state is from another kind of device, whose generators are unlike these, which stay as they are.
     """
-    same_kind = True
-    for name, part in parts.items():
-        saved = state[name]
-        if isinstance(part, torch.Generator):
-            if saved.shape == part.get_state().shape:
-                part.set_state(saved.cpu())
-            else:
-                same_kind = False
-        elif isinstance(part, torch.optim.Optimizer):  # what belongs to this process (capturable, fused) stays
-            for index, p in enumerate(p for group in part.param_groups for p in group["params"]):
-                slots, old = part.state[p], saved["state"].get(index, {})
-                for key in old.keys() - slots.keys():
-                    slots[key] = torch.empty_like(old[key], device=p.device)
-                for key, slot in slots.items():
-                    slot.copy_(old.get(key, torch.zeros_like(slot)))
-            for group, old in zip(part.param_groups, saved["param_groups"]):
-                tensor = isinstance(group["lr"], torch.Tensor)
-                group["lr"] = group["lr"].copy_(old["lr"]) if tensor else old["lr"]
-        elif isinstance(part, torch.Tensor):
-            part.data.copy_(saved)
-        else:
-            part.load_state_dict(saved)
-    return same_kind
+    try:
+        return all([set_part(part, state[name]) for name, part in parts.items()])
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, RuntimeError) as error:  # parts or shapes that are not there
+        why = " ".join(str(error).split())
+        raise UserError(f"this checkpoint is of another version or size of the script: {why[:200]}") from error
+
+
+def set_part(part, saved):
+    """One part for `set_state`; False for a generator of another kind of device."""
+    if isinstance(part, torch.Generator):
+        if saved.shape != part.get_state().shape:
+            return False
+        part.set_state(saved.cpu())
+    elif isinstance(part, torch.optim.Optimizer):  # what belongs to this process (capturable, fused) stays
+        for index, p in enumerate(p for group in part.param_groups for p in group["params"]):
+            slots, old = part.state[p], saved["state"].get(index, {})
+            for key in old.keys() - slots.keys():
+                slots[key] = torch.empty_like(old[key], device=p.device)
+            for key, slot in slots.items():
+                slot.copy_(old.get(key, torch.zeros_like(slot)))
+        for group, old in zip(part.param_groups, saved["param_groups"]):
+            tensor = isinstance(group["lr"], torch.Tensor)
+            group["lr"] = group["lr"].copy_(old["lr"]) if tensor else old["lr"]
+    elif isinstance(part, torch.Tensor):
+        part.data.copy_(saved)
+    else:
+        part.load_state_dict(saved)
+    return True
 
 
 def load_checkpoint(folder, device="cpu"):
@@ -1720,17 +1728,33 @@ def load_checkpoint(folder, device="cpu"):
     if not path.exists():
         raise UserError(f"{folder} holds no checkpoint.pt; name the folder of a run, such as runs/dtql/<env>/seed0")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        return {name: checkpoint[name] for name in (*BOOKS, "dims", "learner")}
     except Exception as error:
-        raise RunError(f"{path} cannot be read, the file may be damaged: {reason(error)}") from None
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise RunError(f"{path} cannot be read, it may be damaged or of another version: {why}") from None
 
 
 def saved_run(folder, Args, script=None):
     """The settings, an `Args`, of the run in `folder`, which must be one of `script` if that is given."""
-    saved = read_about(folder)["args"]
+    saved, types = read_about(folder)["args"], get_type_hints(Args)
     if script and not (Path(folder) / Path(script).name).exists():
         raise UserError(f"{folder} is not a run of {Path(script).name}")
-    return replace(Args(), **{name: value for name, value in saved.items() if hasattr(Args, name)})
+    saved = {name: value for name, value in saved.items() if name in types}
+    for name, value in saved.items():
+        if not fits(value, types[name]) and name != "paper_score":
+            raise UserError(f"{folder}/args.json: {value!r} is no value for {name}")
+    return replace(Args(), **saved)
+
+
+def fits(value, hint):
+    """Whether a value from args.json, which may have been edited, is of a field's type."""
+    kinds = get_args(hint) or (hint,)
+    if get_origin(hint) is Literal:
+        return value in kinds
+    if ... in kinds:
+        return isinstance(value, tuple) and all(fits(one, kinds[0]) for one in value)
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
 
 
 def load_run(script, folder, Args, seed=None, device="cpu"):
@@ -2148,6 +2172,11 @@ def lock(folder):
         own = f"process {os.getpid()} on {platform.node()}" in holder  # of a notebook
         end = "common.release() gives back what an error left of it" if own else "wait for its end"
         raise UserError(f"{folder} is in use by {holder}: {end}, or choose another --out") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warn(f"the file system of {folder} has no locks: nothing keeps a second run out of it")
+        return contextlib.nullcontext()
 
 
 def begin_folder(folder, run, seed):
@@ -2167,7 +2196,8 @@ def begin_folder(folder, run, seed):
 def write_about(folder, run, seed, about):
     """args.json: settings, versions, machine, and the process that holds the folder."""
     process = dict(pid=os.getpid(), host=platform.node(), since=now())
-    about |= dict(process=process, args=asdict(run.args) | dict(seed=[seed], resume=None))
+    data_path = run.args.data_path and os.path.abspath(run.args.data_path)  # --resume may come from another folder
+    about |= dict(process=process, args=asdict(run.args) | dict(seed=[seed], resume=None, data_path=data_path))
     write_text(folder / "args.json", json.dumps(about, indent=2))
 
 
@@ -2176,7 +2206,8 @@ def read_about(folder):
     try:
         about = json.loads((Path(folder) / "args.json").read_text())
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in about["args"].items()}
-    except (OSError, ValueError, KeyError):
+        saved["seed"][0], saved["steps"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json") from None
     return about | dict(args=saved)
 
@@ -2271,7 +2302,7 @@ def read_csv(path):
     """Rows of a metrics.csv: phase as text, counts as ints, else floats; empty cells and damaged rows are left out."""
     rows, kinds = [], dict(phase=str, step=int, total=int)
     if path.exists():
-        with open(path, newline="", errors="replace") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file, contextlib.suppress(csv.Error):
             for row in csv.DictReader(file):
                 with contextlib.suppress(ValueError, TypeError):
                     rows.append({name: kinds.get(name, float)(text) for name, text in row.items() if text})

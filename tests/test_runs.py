@@ -172,13 +172,15 @@ def test_an_unlisted_env_gets_its_nearest_relative_and_says_so(monkeypatch, caps
         ("--lr-decay True", "--lr-decay takes no value: write --lr-decay or --no-lr-decay"),
         ("--no-lr-decay=1", "--no-lr-decay takes no value: write --lr-decay or --no-lr-decay"),
         ("--video", "--video does nothing without --evaluate"),
-        ("--out /dev/null/runs", "--out /dev/null/runs cannot be written: /dev/null is a file"),
+        ("--out /dev/null/runs", "--out /dev/null/runs cannot be written: /dev/null is no folder"),
+        ("--out gone", "--out gone cannot be written: "),
         ("--resume nowhere", "nowhere is not the folder of a run"),
         ("--evaluate nowhere", "nowhere is not the folder of a run"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(monkeypatch, capsys, tmp_path, flags, words):
     monkeypatch.chdir(tmp_path)
+    Path("gone").symlink_to("nowhere")
     with pytest.raises(SystemExit) as stopped:
         common.cli(lambda: parsed(monkeypatch, *flags.split()))
     out, error = capsys.readouterr()
@@ -313,6 +315,15 @@ run.finish()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    for number, words in ((37, "has no locks: nothing keeps a second run out"), (28, "")):
+        monkeypatch.setattr(fcntl, "flock", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, "x")))
+        with contextlib.nullcontext() if words else pytest.raises(OSError):
+            make_run(tmp_path)
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", ["link", "."])
@@ -601,6 +612,10 @@ def test_data_may_move_but_not_change(tmp_path, monkeypatch):
     train(run, learners, 20)
     run, _ = resumed(monkeypatch, "--resume", run.place, "--data-path", "there.npz")
     assert run.args.data_path == "there.npz"
+    here = Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    run, _ = resumed(monkeypatch, "--resume", run.place)
+    assert run.args.data_path == str(here / "there.npz")
     with pytest.raises(UserError, match="these are not the data that .*seed0 was trained on"):
         resumed(monkeypatch, "--resume", run.place, data=Data(fingerprint="other"))
 
@@ -683,13 +698,15 @@ def test_seeds_that_were_evaluated_apart_share_a_picture(tmp_path, monkeypatch):
     assert (run.root / "curve.png").stat().st_mtime >= (run.root / "seed1/curve.png").stat().st_mtime
 
 
-@pytest.mark.parametrize("damage", ["update,20,3", "\0\0\0,,", "\xff"])
+@pytest.mark.parametrize("damage", ["update,20,3", "\0\0\0,,", "\xff", "\0" * 200_000])
 def test_a_damaged_row_of_the_log_is_left_out(tmp_path, monkeypatch, damage):
     run, learners = make_run(tmp_path)
     train(run, learners, 20)
     path = run.place / "metrics.csv"
     rows = common.read_csv(path)
     path.write_text(path.read_text() + damage, encoding="latin-1")
+    assert common.read_csv(path) == rows
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Excel does
     assert common.read_csv(path) == rows
     run, learners = resumed(monkeypatch, "--resume", run.place)
     train(run, learners, 30)
@@ -742,6 +759,51 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage, monkeypatch):
     path.write_bytes(path.read_bytes()[:-200] if damage is None else damage)
     with pytest.raises(RunError, match="checkpoint.pt cannot be read"):
         resumed(monkeypatch, "--resume", run.place)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda about: [], "holds no readable args.json"),
+        (lambda about: about | dict(args=[]), "holds no readable args.json"),
+        (lambda about: about | dict(args=about["args"] | dict(seed=0)), "holds no readable args.json"),
+        (lambda about: about | dict(args=about["args"] | dict(steps="100")), "args.json: '100' is no value for steps"),
+        (lambda about: about | dict(args=about["args"] | dict(lr=None)), "args.json: None is no value for lr"),
+        (lambda about: about | dict(args=about["args"] | dict(mode="x")), "args.json: 'x' is no value for mode"),
+        (lambda about: about | dict(args=about["args"] | dict(weights=["x"])), "is no value for weights"),
+        (lambda about: about | dict(args=about["args"] | dict(lr=1, bound=2, gone=3, paper_score="88.1")), None),
+    ],
+)
+def test_settings_that_were_edited(tmp_path, monkeypatch, change, words):
+    run, learners = make_run(tmp_path)
+    train(run, learners, 20)
+    file = run.place / "args.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    if words is None:
+        assert parsed(monkeypatch, "--resume", run.place).bound == 2
+    else:
+        with pytest.raises(UserError, match=words):
+            parsed(monkeypatch, "--resume", run.place)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda saved: saved.pop("owed"), "cannot be read, .* of another version: KeyError: 'owed'"),
+        (lambda saved: saved["learner"].pop("weight"), "checkpoint is of another version or size .*: 'weight'"),
+        (lambda saved: saved["learner"].update(weight=torch.zeros(3)), "of another version or size .*: .*shape"),
+    ],
+)
+def test_a_checkpoint_of_another_version(tmp_path, monkeypatch, change, words):
+    run, learners = make_run(tmp_path)
+    train(run, learners, 20)
+    saved = common.load_checkpoint(run.place)
+    change(saved)
+    torch.save(saved, run.place / "checkpoint.pt")
+    with pytest.raises(UserError, match=words):
+        resumed(monkeypatch, "--resume", run.place)
+    with pytest.raises(UserError, match=words):
+        common.load_policy(Counter, Args, run.place)
 
 
 def test_folders_that_are_no_runs(tmp_path):
