@@ -1366,7 +1366,7 @@ class RunArgs:
 FREE = {"resume", "seed", "device", "cuda_graphs", "data_path", "wandb"}
 FREE |= {"eval_every", "eval_episodes", "max_episode_steps", "log_every", "checkpoint_every"}
 WITH_EVALUATE = {"evaluate", "video", "env", "seed", "device", "eval_episodes", "max_episode_steps"}
-HERE = ""  # --resume without a folder
+HERE = False  # --resume without a folder
 
 
 def parse_args(Args, settings, check=None, proportional=(), doc=""):
@@ -1458,6 +1458,8 @@ def flag_type(hint):
         return dict(choices=[kind, *rest])
 
     def read(text):
+        if not text:  # of a variable of the shell that is not set
+            raise ValueError
         return None if text == "None" and type(None) in rest else kind(os.path.expanduser(text))  # --out=~/runs
 
     read.__name__ = kind.__name__  # for argparse's complaints
@@ -2314,12 +2316,16 @@ def start_wandb(folder, seed, run):
     import wandb
 
     name = f"{run.script.stem} {run.args.env}"
-    board = wandb.init(
-        id=hashlib.sha256(f"{folder.resolve()} {read_about(folder)['started']}".encode()).hexdigest()[:16],
-        resume="allow", name=f"{name} seed {seed}", config=asdict(run.args) | dict(seed=seed), dir=folder,
-        project=os.environ.get("WANDB_PROJECT", "offline-rl"), group=os.environ.get("WANDB_RUN_GROUP", name),
-        reinit="create_new",
-    )  # fmt: skip
+    try:
+        board = wandb.init(
+            id=hashlib.sha256(f"{folder.resolve()} {read_about(folder).get('started')}".encode()).hexdigest()[:16],
+            resume="allow", name=f"{name} seed {seed}", config=asdict(run.args) | dict(seed=seed), dir=folder,
+            project=os.environ.get("WANDB_PROJECT", "offline-rl"), group=os.environ.get("WANDB_RUN_GROUP", name),
+            reinit="create_new",
+        )  # fmt: skip
+    except Exception as error:  # no login, no network
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise RunError(f"--wandb cannot be used here: {why} (WANDB_MODE=offline needs no network)") from error
     board.define_metric("*", step_metric="total")
     return board
 

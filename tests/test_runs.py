@@ -166,6 +166,9 @@ def test_an_unlisted_env_gets_its_nearest_relative_and_says_so(monkeypatch, caps
         ("--bound abc", "--bound: invalid float value: 'abc'"),
         ("--steps", "--steps: expected one argument"),
         ("--env", "--env: expected one argument"),
+        ("--data-path=", "--data-path: invalid str value: ''"),
+        ("--evaluate=", "--evaluate: invalid str value: ''"),
+        ("--resume=", "--resume: invalid str value: ''"),
         ("--video --evaluate", "--evaluate: expected one argument"),
         ("--mode medium", "invalid choice: 'medium'"),
         ("3", "unknown setting 3"),
@@ -853,6 +856,12 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     assert all("entity" not in options for options in started)
     assert logged[:2] == ["total", "total"] and logged[-2:] == ["end", "end"]
     assert logged[2]["first/toy_loss"] == 5.5 and logged[-3]["second/toy_loss"] == 25.5 and logged[-3]["total"] == 30
+
+
+def test_wandb_that_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
+    with pytest.raises(RunError, match="--wandb cannot be used here: ZeroDivisionError.*WANDB_MODE=offline"):
+        make_run(tmp_path, wandb=True)
 
 
 def tensorboard(folder):
