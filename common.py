@@ -681,12 +681,12 @@ def scale_actions(action: np.ndarray, env: str, box: spaces.Box | None) -> np.nd
         low, high = action.min(axis=0), action.max(axis=0)
         print(f"{env}: the box of actions is unknown; [-1, 1] stands for what the data span, {low} to {high}")
     over, half = np.maximum(low - action, action - high), (high - low) / 2
-    bounds = f"[{low.min():g}, {high.max():g}]"
-    if np.any(over > ACTION_SLACK * half + 1e-6):
-        raise UserError(
-            f"{env}: actions must be in {bounds}, found [{action.min():g}, {action.max():g}]:"
-            " the data are scaled for another environment"
-        )
+    beyond = (over - ACTION_SLACK * half).max(axis=0)
+    k = np.argmax(beyond)  # the dimension that is furthest outside
+    bounds = f"[{low[k]:g}, {high[k]:g}]"
+    if beyond[k] > 1e-6:
+        found = f"[{action[:, k].min():g}, {action[:, k].max():g}]" + f" in dimension {k}" * (len(low) > 1)
+        raise UserError(f"{env}: actions must be in {bounds}, found {found}: data scaled for another environment")
     if count := np.count_nonzero(np.any(over > 1e-6 * half, axis=1)):
         print(
             f"{env}: {count} of {len(action)} actions are outside {bounds}, by at most {over.max():.2g}, and clipped"

@@ -567,6 +567,7 @@ def with_nan(value):
         (broken("observations", with_nan), "observations has NaN or infinite values in 2 rows, the first is 7"),
         (broken("rewards", lambda r: r / 0.0), "rewards has NaN or infinite values in 500 rows, the first is 0"),
         (broken("actions", lambda a: a * 3), r"actions must be in \[-1, 1\], found \[-[23]\..*another environment"),
+        (broken("actions", lambda a: a * [0.5, 1.2, 1]), r"found \[-1.1.*, 1.1.*\] in dimension 1: data scaled for"),
         (lambda raw: raw.pop("timeouts"), "no timeouts"),
         (broken("terminals", lambda t: np.where(t, 1, -1)), "terminals must be 0 or 1 in every row, found -1"),
         (broken("terminals", lambda t: t * 0.5), "terminals must be 0 or 1 in every row, found 0.5"),
