@@ -9,6 +9,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import errno
 import functools
 import hashlib
 import http.client
@@ -155,7 +156,7 @@ for _name, *_sizes, _sha256 in map(str.split, KNOWN_FILES.strip().split("\n")):
     DATASETS[_name] = Source(server_path(_name), tuple(map(int, _sizes)), _sha256)
 DATASETS |= {_name: Source(server_path(_name), (), "") for _name in UNKNOWN_FILES}
 
-# Names of arrays: here, and in the files (either is read); a file must hold those in NEEDED.
+# Names of arrays: here, and in the files (either is read, and Gymnasium's words); a file must hold those in NEEDED.
 KEYS = {
     "obs": "observations",
     "action": "actions",
@@ -166,6 +167,8 @@ KEYS = {
     "mask": "masks",
 }
 NEEDED = ("obs", "action", "reward", "terminal")
+NAMES = {key: key for key in KEYS} | {"terminations": "terminal", "truncations": "timeout"}
+NAMES |= {name: key for key, name in KEYS.items()}
 
 # Raw returns that D4RL calls score 0 and score 100, by the first word of the dataset's name.
 REFERENCE = {
@@ -252,7 +255,8 @@ class Dataset:
     ) -> "Dataset":  # fmt: skip
         """Pack time-ordered arrays: obs [N, S], action [N, A], reward, terminal, timeout [N] (the last two bool).
 
-        `next_obs` [N, S] given: all rows are kept; the last row of an episode repeats its own action as next action.
+        `next_obs` [N, S] given: all rows are kept but those that lack theirs (NaN) and are no terminals; the last row
+        of an episode repeats its own action as next action.
         Not given: D4RL's `qlearning_dataset` rule: the successor is the next row, so the last row and all time-limit
         rows are dropped, and a terminal row points into the next episode (harmless where terminal masks it).
         `ends` [N, S] replaces next_obs at terminal rows only, for methods that look at the last state itself.
@@ -265,15 +269,16 @@ class Dataset:
             keep = np.flatnonzero(keep)
             after = keep + 1
         else:
-            keep = np.arange(len(obs))
-            after = np.where(end, keep, np.minimum(keep + 1, len(obs) - 1))
+            known = np.isfinite(next_obs)
+            keep = np.flatnonzero(known.all(axis=1) | terminal)
+            after = np.where(end[keep], keep, np.minimum(keep + 1, len(obs) - 1))
         if len(keep) == 0:
             raise UserError(f"{name}: no transition is left: every row but the last is a time limit")
 
-        following = obs[after] if next_obs is None else next_obs
+        following = obs[after] if next_obs is None else np.where(known, next_obs, obs)[keep]
         if ends is not None:
             following = np.where(terminal[keep, None], ends[keep], following)
-        next_action = action[after] if in_order else np.full_like(action, np.nan)
+        next_action = action[after] if in_order else np.full_like(action[keep], np.nan)
         columns = (obs[keep], action[keep], reward[keep, None], following, next_action, terminal[keep, None])
         rows = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32))
 
@@ -490,6 +495,7 @@ def open_arrays(path: Path, sizes: tuple[int, ...] = (), hint: str = ""):
             arrays = h5py.File(path, "r")
         else:
             kinds = {b"\x80": " but a pickle", b"<": " but a web page", b"\x93NUMPY": " but a single .npy array"}
+            kinds |= {b"\x1f\x8b": " but packed by gzip", b"version ": " but a pointer of Git LFS: git lfs pull"}
             kind = next((kind for first, kind in kinds.items() if start.startswith(first)), "")
             raise RunError(f"{path} is neither an HDF5 file nor an .npz{kind}" if start else f"{path} is empty{hint}")
     except (OSError, zipfile.BadZipFile) as error:
@@ -500,8 +506,8 @@ def open_arrays(path: Path, sizes: tuple[int, ...] = (), hint: str = ""):
             raise RunError(f"{path} cannot be read: {os.strerror(error.errno)}") from error
         found = f"found {path.stat().st_size} bytes" + (f", expected {' or '.join(map(str, sizes))}" if sizes else "")
         raise RunError(f"{path} is not a complete {kind} file ({found}){hint}") from error
-    if missing := [KEYS[key] for key in NEEDED if not {key, KEYS[key]} & set(arrays)]:
-        raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(arrays))[:200]}")
+    if missing := [KEYS[key] for key in NEEDED if key not in map(NAMES.get, arrays)]:
+        raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(map(str, arrays)))[:200]}")
     return arrays
 
 
@@ -511,8 +517,7 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"--data-path {path}: no such file or Minari dataset folder")
     arrays = {}
     with open_arrays(path) as file:
-        names = {short: name for short, long in KEYS.items() for name in (short, long) if name in file}
-        for short, name in names.items():
+        for short, name in {key: name for name, key in NAMES.items() if name in file}.items():
             try:
                 value = file[name]
                 if isinstance(value, h5py.Group):
@@ -541,7 +546,7 @@ def minari_folder(env: str) -> Path:
 @contextlib.contextmanager
 def open_minari(env: str, folder: Path | None = None, download: bool = False):
     """A Minari dataset by its id, or by its folder. What goes wrong while it is in use becomes one sentence."""
-    folder = folder or minari_folder(env)
+    own, folder = folder is not None, folder or minari_folder(env)
     folder = folder if folder.name == "data" else folder / "data"
     try:
         import minari
@@ -555,13 +560,16 @@ def open_minari(env: str, folder: Path | None = None, download: bool = False):
     except UserError:
         raise
     except ImportError as error:
-        missing = error.name or "that fetches them"
-        raise UserError(f'Minari data need the package {missing}: pip install "minari[hdf5,hf]" pillow') from error
+        need = f'the package {error.name}: pip install "minari[hdf5,hf]" pillow' if error.name else reason(error)
+        raise UserError(f"Minari data need {need}") from error
     except Exception as error:  # the package lets through many kinds
         text = f"Minari dataset '{env}' cannot be opened ({type(error).__name__}: {reason(error)[:200]})"
         if not folder.is_dir():
-            text += f": there is no {folder}" + "; check the id and the network" * download
-        elif "truncated" in text or "No data found" in text:
+            hint = "; check the id and the network" if download else f"; for an environment write my_module:{env}"
+            text += f": there is no {folder}" + hint * (not own)
+        elif own or not ("truncated" in text or "No data found" in text):
+            text += f"; its files are in {folder}"
+        else:
             text += (
                 f"; an interrupted download in {folder} is repaired by"
                 f" python -c \"import minari; minari.download_dataset('{env}', force_download=True)\""
@@ -575,6 +583,8 @@ def read_minari(env: str, folder: Path | None):
     with open_minari(env, folder, download=folder is None) as dataset:
         check_spaces(dataset.observation_space, dataset.action_space, env)
         for episode in dataset.iterate_episodes():
+            if len(episode.rewards) == 0:  # it was stopped before its first step
+                continue
             obs = flatten(dataset.observation_space, episode.observations)  # [T + 1, S]
             action = flatten(dataset.action_space, episode.actions)
             terminal = np.asarray(episode.terminations, bool)
@@ -592,7 +602,10 @@ def flatten(space: gymnasium.Space, value) -> np.ndarray:
         names = space.spaces if isinstance(space, spaces.Dict) else range(len(space))
         return np.concatenate([flatten(space[name], value[name]) for name in names], axis=1)
     if isinstance(space, spaces.Box):
-        return np.asarray(value, np.float32).reshape(len(value), -1)
+        value, size = np.asarray(value, np.float32), math.prod(space.shape)
+        if value.size != len(value) * size:
+            raise ValueError(f"an episode has rows of the shape {list(value.shape[1:])}, not {list(space.shape)}")
+        return value.reshape(len(value), size)
     return np.stack([spaces.flatten(space, one) for one in value])  # one-hot
 
 
@@ -602,6 +615,9 @@ class Unfit(UserError):
 
 def check_spaces(obs: gymnasium.Space, action: gymnasium.Space, name: str) -> None:
     """Refuse observations that are no vector of numbers, and actions that are not continuous."""
+    for space in (obs, action):
+        if not isinstance(space, gymnasium.Space):
+            raise UserError(f"{name} has a space of {type(space).__module__}.{type(space).__name__}, not of gymnasium")
     if isinstance(obs, spaces.Dict | spaces.Tuple):
         for part in obs.spaces.values() if isinstance(obs, spaces.Dict) else obs.spaces:
             check_spaces(part, action, name)
@@ -649,6 +665,8 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spa
         if len(bad) and (key != "next_obs" or len(bad) == len(flat)):  # they may be missing where an episode ends
             raise UserError(f"{name} has NaN or infinite values in {len(bad)} rows, the first is {bad[0]}")
         flag = key in ("terminal", "timeout", "mask")
+        if flag and len(odd := flat[(flat != 0) & (flat != 1)]):
+            raise UserError(f"{name} must be 0 or 1 in every row, found {odd[0]:g}")
         raw[key] = flat if key in sizes else flat[:, 0].astype(bool if flag else np.float32)
     raw["action"] = scale_actions(raw["action"], env, box)
 
@@ -663,18 +681,20 @@ def scale_actions(action: np.ndarray, env: str, box: spaces.Box | None) -> np.nd
         low, high = action.min(axis=0), action.max(axis=0)
         print(f"{env}: the box of actions is unknown; [-1, 1] stands for what the data span, {low} to {high}")
     over, half = np.maximum(low - action, action - high), (high - low) / 2
-    bounds = f"[{low.min():g}, {high.max():g}]"
-    if np.any(over > ACTION_SLACK * half + 1e-6):
-        raise UserError(
-            f"{env}: actions must be in {bounds}, found [{action.min():g}, {action.max():g}]:"
-            " the data are scaled for another environment"
-        )
+    beyond = (over - ACTION_SLACK * half).max(axis=0)
+    k = np.argmax(beyond)  # the dimension that is furthest outside
+    bounds = f"[{low[k]:g}, {high[k]:g}]"
+    if beyond[k] > 1e-6:
+        found = f"[{action[:, k].min():g}, {action[:, k].max():g}]" + f" in dimension {k}" * (len(low) > 1)
+        raise UserError(f"{env}: actions must be in {bounds}, found {found}: data scaled for another environment")
     if count := np.count_nonzero(np.any(over > 1e-6 * half, axis=1)):
         print(
             f"{env}: {count} of {len(action)} actions are outside {bounds}, by at most {over.max():.2g}, and clipped"
             f" (up to {ACTION_SLACK:.0%} of half the range is accepted)"
         )
     if np.any(low != -1) or np.any(high != 1):
+        if 0.99 < np.abs(action).max() < 1.01 < high.min():
+            warn(f"{env}: the actions end at 1, their box is {bounds}: were they scaled before? Then scale them back")
         width = np.where(high > low, high - low, np.inf)  # where there is no choice: 0 below
         action = np.where(high > low, 2 * (action - low) / width - 1, 0)
     return np.clip(action, -1, 1).astype(np.float32, copy=False)
@@ -701,17 +721,19 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
     obs, terminal, next_obs = raw["obs"], raw["terminal"], raw.get("next_obs")
     jump = np.zeros_like(terminal)  # rows not followed by their own next_obs
     if next_obs is not None:
-        near = 1e-3 * np.abs(obs[1:]) + 1e-5 * np.abs(obs).max(axis=0)  # allows for float16
+        with np.errstate(over="ignore"):  # the precision of what was stored, and what is little beside a usual step
+            half = any(np.array_equal(x, x.astype(np.float16), equal_nan=True) for x in (obs, next_obs))
+        near = (5e-4 if half else 1e-6) * np.abs(obs[1:]) + 1e-3 * np.nanmedian(np.abs(next_obs - obs), axis=0)
         jump[:-1] = ~np.all(np.abs(next_obs[:-1] - obs[1:]) <= near, axis=1)
         jump &= ~(terminal | raw.get("timeout", False))
     if jump.any():
         states = {row.tobytes() for row in obs}
-        if 2 * np.count_nonzero(jump) > len(obs) or any(row.tobytes() in states for row in next_obs[jump]):
+        meet = any(row.tobytes() in states for row in next_obs[jump])
+        if meet or 2 * np.count_nonzero(jump) > len(obs):
             print(f"{env}: the rows are not in time order; what follows each is taken from its next_observations")
-            known = np.isfinite(next_obs).all(axis=1)
-            raw["next_obs"] = np.where(known[:, None], next_obs, obs)  # terminal masks it
+            if not meet:
+                warn(f"{env}: no row starts where another's next_observations end; are both scaled alike?")
             raw["timeout"] = np.zeros_like(terminal)
-            raw.update({key: value[known | terminal] for key, value in raw.items()})
             return False
         print(f"{env}: {np.count_nonzero(jump)} episodes end without a mark, as their next_observations show")
     if rule is not None:
@@ -962,24 +984,23 @@ def make_env(env, render_mode=None, max_episode_steps=1000):
             warnings.filterwarnings("ignore", "(Installed|Package) .*")  # published sets name older versions
             make = make_d4rl if original else make_minari if is_minari(env) else gymnasium.make
             raw = make(env, **options)
+            if original or (is_minari(env) and env.startswith(("mujoco/", "D4RL/"))):  # recorded before mujoco 3.5
+                restore_margins(raw)
+            if render_mode and isinstance(raw.unwrapped, MujocoEnv) and not isinstance(raw.unwrapped, AntMaze):
+                camera = mujoco.mj_name2id(raw.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+                if camera >= 0:  # Gymnasium's own choice lets robots walk out of the picture
+                    raw.unwrapped.mujoco_renderer.camera_id = camera
+            limit = None if raw.spec and raw.spec.max_episode_steps else max_episode_steps
+            return FlatEnv(gymnasium.wrappers.TimeLimit(raw, limit) if limit else raw, env, assumed_limit=limit)
     except UserError:
         raise
     except gymnasium.error.UnregisteredEnv:
         near = nearest(env, [*DATASETS, *BUILT_IN, *SCENES, *gymnasium.registry])
         raise UserError(f"unknown environment '{env}'{near}") from None
-    except Exception as error:  # whatever its module and constructor raise
+    except (Exception, SystemExit) as error:  # whatever its module and constructor raise
         hint = " (install it, or add its folder to PYTHONPATH)" if isinstance(error, ModuleNotFoundError) else ""
         why = reason(error).split(". ")[0]
         raise UserError(f"{env} cannot be made here: {type(error).__name__}: {why}{hint}") from error
-    if original or (is_minari(env) and env.startswith(("mujoco/", "D4RL/"))):  # recorded before mujoco 3.5
-        restore_margins(raw)
-    if render_mode and isinstance(raw.unwrapped, MujocoEnv) and not isinstance(raw.unwrapped, AntMaze):
-        camera = mujoco.mj_name2id(raw.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
-        if camera >= 0:  # Gymnasium's own choice lets robots walk out of the picture
-            raw.unwrapped.mujoco_renderer.camera_id = camera
-    if raw.spec and raw.spec.max_episode_steps:
-        return FlatEnv(raw, env)
-    return FlatEnv(gymnasium.wrappers.TimeLimit(raw, max_episode_steps), env, assumed_limit=max_episode_steps)
 
 
 class FlatEnv(gymnasium.Wrapper):
@@ -1001,7 +1022,7 @@ class FlatEnv(gymnasium.Wrapper):
         try:
             obs, info = self.env.reset(**kwargs)
             return self._flat(obs), info
-        except Exception as error:  # whatever its code raises
+        except (Exception, SystemExit) as error:  # whatever its code raises
             raise self._failed("reset", error) from error
 
     def step(self, action):
@@ -1011,7 +1032,7 @@ class FlatEnv(gymnasium.Wrapper):
             obs, *rest, info = self.env.step(action)
             reward, terminated, truncated = (x.item() if hasattr(x, "item") else x for x in rest)  # arrays or tensors
             return self._flat(obs), float(reward), bool(terminated), bool(truncated), info
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failed("step", error) from error
 
     def close(self):
@@ -1236,16 +1257,15 @@ def evaluate(act, envs, seed, tick=lambda: None):
 
     All episodes advance together, with one call of `act` per time step for those that still run: float32
     observations [m, S] to actions [m, A], m <= n. Environment i is reset with seed + i. No global random generator is
-    touched. `tick` is called before every time step. Raises RunError when `act` gives a wrong shape or a value that is
-    not finite, or a return is not finite.
+    touched. `tick` is called before every reset and step of each. Raises RunError when `act` gives a wrong shape or a
+    value that is not finite, or a return is not finite.
     """
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [n, S]
+    obs = np.stack([tick() or env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # [n, S]
     returns, running = np.zeros(len(envs)), np.ones(len(envs), bool)
     for step in itertools.count():
         live = np.flatnonzero(running)
         if len(live) == 0:
             break
-        tick()
         action = np.asarray(act(obs[live]), np.float32)
         expected = (len(live), *envs[0].action_space.shape)
         if action.shape != expected:
@@ -1256,6 +1276,7 @@ def evaluate(act, envs, seed, tick=lambda: None):
             what = "the policy gave an action" if np.isfinite(obs[bad]).all() else "the environment gave an observation"
             raise RunError(f"{what} that is not finite at step {step} in environment {bad}")
         for i, a in zip(live, action):
+            tick()
             obs[i], reward, terminated, truncated, _ = envs[i].step(a)
             returns[i] += reward
             running[i] = not (terminated or truncated)
@@ -1352,7 +1373,7 @@ class RunArgs:
 FREE = {"resume", "seed", "device", "cuda_graphs", "data_path", "wandb"}
 FREE |= {"eval_every", "eval_episodes", "max_episode_steps", "log_every", "checkpoint_every"}
 WITH_EVALUATE = {"evaluate", "video", "env", "seed", "device", "eval_episodes", "max_episode_steps"}
-HERE = ""  # --resume without a folder
+HERE = False  # --resume without a folder
 
 
 def parse_args(Args, settings, check=None, proportional=(), doc=""):
@@ -1444,6 +1465,8 @@ def flag_type(hint):
         return dict(choices=[kind, *rest])
 
     def read(text):
+        if not text:  # of a variable of the shell that is not set
+            raise ValueError
         return None if text == "None" and type(None) in rest else kind(os.path.expanduser(text))  # --out=~/runs
 
     read.__name__ = kind.__name__  # for argparse's complaints
@@ -1529,9 +1552,9 @@ def check_args(args):
         need("wandb", "--wandb")
     if not (args.evaluate or args.resume):
         out = Path(args.out).absolute()
-        there = next(path for path in (out, *out.parents) if path.exists())
+        there = next(path for path in (out, *out.parents) if os.path.lexists(path))
         if not there.is_dir() or not os.access(there, os.W_OK):
-            why = "read-only" if there.is_dir() else "a file"
+            why = "read-only" if there.is_dir() else "no folder"
             raise UserError(f"--out {args.out} cannot be written: {there} is {why}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1676,29 +1699,36 @@ def set_state(parts, state):
 
     False if the state is from another kind of device, whose generators are unlike these, which stay as they are.
     """
-    same_kind = True
-    for name, part in parts.items():
-        saved = state[name]
-        if isinstance(part, torch.Generator):
-            if saved.shape == part.get_state().shape:
-                part.set_state(saved.cpu())
-            else:
-                same_kind = False
-        elif isinstance(part, torch.optim.Optimizer):  # what belongs to this process (capturable, fused) stays
-            for index, p in enumerate(p for group in part.param_groups for p in group["params"]):
-                slots, old = part.state[p], saved["state"].get(index, {})
-                for key in old.keys() - slots.keys():
-                    slots[key] = torch.empty_like(old[key], device=p.device)
-                for key, slot in slots.items():
-                    slot.copy_(old.get(key, torch.zeros_like(slot)))
-            for group, old in zip(part.param_groups, saved["param_groups"]):
-                tensor = isinstance(group["lr"], torch.Tensor)
-                group["lr"] = group["lr"].copy_(old["lr"]) if tensor else old["lr"]
-        elif isinstance(part, torch.Tensor):
-            part.data.copy_(saved)
-        else:
-            part.load_state_dict(saved)
-    return same_kind
+    try:
+        return all([set_part(part, state[name]) for name, part in parts.items()])
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, RuntimeError) as error:  # parts or shapes that are not there
+        why = " ".join(str(error).split())
+        raise UserError(f"this checkpoint is of another version or size of the script: {why[:200]}") from error
+
+
+def set_part(part, saved):
+    """One part for `set_state`; False for a generator of another kind of device."""
+    if isinstance(part, torch.Generator):
+        if saved.shape != part.get_state().shape:
+            return False
+        part.set_state(saved.cpu())
+    elif isinstance(part, torch.optim.Optimizer):  # what belongs to this process (capturable, fused) stays
+        for index, p in enumerate(p for group in part.param_groups for p in group["params"]):
+            slots, old = part.state[p], saved["state"].get(index, {})
+            for key in old.keys() - slots.keys():
+                slots[key] = torch.empty_like(old[key], device=p.device)
+            for key, slot in slots.items():
+                slot.copy_(old.get(key, torch.zeros_like(slot)))
+        for group, old in zip(part.param_groups, saved["param_groups"]):
+            tensor = isinstance(group["lr"], torch.Tensor)
+            group["lr"] = group["lr"].copy_(old["lr"]) if tensor else old["lr"]
+    elif isinstance(part, torch.Tensor):
+        part.data.copy_(saved)
+    else:
+        part.load_state_dict(saved)
+    return True
 
 
 def load_checkpoint(folder, device="cpu"):
@@ -1707,17 +1737,33 @@ def load_checkpoint(folder, device="cpu"):
     if not path.exists():
         raise UserError(f"{folder} holds no checkpoint.pt; name the folder of a run, such as runs/dtql/<env>/seed0")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        return {name: checkpoint[name] for name in (*BOOKS, "dims", "learner")}
     except Exception as error:
-        raise RunError(f"{path} cannot be read, the file may be damaged: {reason(error)}") from None
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise RunError(f"{path} cannot be read, it may be damaged or of another version: {why}") from None
 
 
 def saved_run(folder, Args, script=None):
     """The settings, an `Args`, of the run in `folder`, which must be one of `script` if that is given."""
-    saved = read_about(folder)["args"]
+    saved, types = read_about(folder)["args"], get_type_hints(Args)
     if script and not (Path(folder) / Path(script).name).exists():
         raise UserError(f"{folder} is not a run of {Path(script).name}")
-    return replace(Args(), **{name: value for name, value in saved.items() if hasattr(Args, name)})
+    saved = {name: value for name, value in saved.items() if name in types}
+    for name, value in saved.items():
+        if not fits(value, types[name]) and name != "paper_score":
+            raise UserError(f"{folder}/args.json: {value!r} is no value for {name}")
+    return replace(Args(), **saved)
+
+
+def fits(value, hint):
+    """Whether a value from args.json, which may have been edited, is of a field's type."""
+    kinds = get_args(hint) or (hint,)
+    if get_origin(hint) is Literal:
+        return value in kinds
+    if ... in kinds:
+        return isinstance(value, tuple) and all(fits(one, kinds[0]) for one in value)
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
 
 
 def load_run(script, folder, Args, seed=None, device="cpu"):
@@ -1983,6 +2029,12 @@ class Run:
                 found.append(evaluate(policy_of(learner), self.envs, evaluation_seed(seed), tick))
         except Stopped:
             return False
+        except RunError:  # of the policy: the last checkpoint may be better
+            raise
+        except UserError as error:  # of an environment
+            self.save()
+            rest = f"all updates are saved, --resume {self.place} tries again, or does without by --eval-episodes 0"
+            raise RunError(f"{error}; {rest}") from error
         self.owed, self.terminal.evaluation_seconds = False, time.monotonic() - begin
         for log, returns in zip(self.logs, found):
             values = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
@@ -2024,6 +2076,7 @@ class Run:
                     elsewhere = True
                 for name in BOOKS:
                     setattr(self, name, checkpoint[name])
+                self.owed &= bool(self.envs)
             write_about(folder, self, seed, about | dict(resumed=[*about.get("resumed", []), now()]))
         ahead = [count for count in updates_of(run_folders(self.args.resume)).values() if count > self.total]
         self.goal = min(ahead, default=None)  # where these seeds meet others
@@ -2128,6 +2181,11 @@ def lock(folder):
         own = f"process {os.getpid()} on {platform.node()}" in holder  # of a notebook
         end = "common.release() gives back what an error left of it" if own else "wait for its end"
         raise UserError(f"{folder} is in use by {holder}: {end}, or choose another --out") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warn(f"the file system of {folder} has no locks: nothing keeps a second run out of it")
+        return contextlib.nullcontext()
 
 
 def begin_folder(folder, run, seed):
@@ -2147,7 +2205,8 @@ def begin_folder(folder, run, seed):
 def write_about(folder, run, seed, about):
     """args.json: settings, versions, machine, and the process that holds the folder."""
     process = dict(pid=os.getpid(), host=platform.node(), since=now())
-    about |= dict(process=process, args=asdict(run.args) | dict(seed=[seed], resume=None))
+    data_path = run.args.data_path and os.path.abspath(run.args.data_path)  # --resume may come from another folder
+    about |= dict(process=process, args=asdict(run.args) | dict(seed=[seed], resume=None, data_path=data_path))
     write_text(folder / "args.json", json.dumps(about, indent=2))
 
 
@@ -2156,7 +2215,8 @@ def read_about(folder):
     try:
         about = json.loads((Path(folder) / "args.json").read_text())
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in about["args"].items()}
-    except (OSError, ValueError, KeyError):
+        saved["seed"][0], saved["steps"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json") from None
     return about | dict(args=saved)
 
@@ -2251,7 +2311,7 @@ def read_csv(path):
     """Rows of a metrics.csv: phase as text, counts as ints, else floats; empty cells and damaged rows are left out."""
     rows, kinds = [], dict(phase=str, step=int, total=int)
     if path.exists():
-        with open(path, newline="", errors="replace") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file, contextlib.suppress(csv.Error):
             for row in csv.DictReader(file):
                 with contextlib.suppress(ValueError, TypeError):
                     rows.append({name: kinds.get(name, float)(text) for name, text in row.items() if text})
@@ -2263,12 +2323,16 @@ def start_wandb(folder, seed, run):
     import wandb
 
     name = f"{run.script.stem} {run.args.env}"
-    board = wandb.init(
-        id=hashlib.sha256(f"{folder.resolve()} {read_about(folder)['started']}".encode()).hexdigest()[:16],
-        resume="allow", name=f"{name} seed {seed}", config=asdict(run.args) | dict(seed=seed), dir=folder,
-        project=os.environ.get("WANDB_PROJECT", "offline-rl"), group=os.environ.get("WANDB_RUN_GROUP", name),
-        reinit="create_new",
-    )  # fmt: skip
+    try:
+        board = wandb.init(
+            id=hashlib.sha256(f"{folder.resolve()} {read_about(folder).get('started')}".encode()).hexdigest()[:16],
+            resume="allow", name=f"{name} seed {seed}", config=asdict(run.args) | dict(seed=seed), dir=folder,
+            project=os.environ.get("WANDB_PROJECT", "offline-rl"), group=os.environ.get("WANDB_RUN_GROUP", name),
+            reinit="create_new",
+        )  # fmt: skip
+    except Exception as error:  # no login, no network
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise RunError(f"--wandb cannot be used here: {why} (WANDB_MODE=offline needs no network)") from error
     board.define_metric("*", step_metric="total")
     return board
 

@@ -428,7 +428,10 @@ def scale_rewards(data, length=1000):
             returns.append(total)
             total, rows = 0.0, 0
     if len(returns) < 2 or max(returns) == min(returns):
-        raise UserError(f"{data.name}: rewards cannot be scaled, the data's returns do not differ: --no-scale-rewards")
+        raise UserError(
+            f"{data.name}: rewards are scaled by returns that differ, up to a terminal or {length} rows, found"
+            f" {len(set(returns))}: --no-scale-rewards leaves them as they are"
+        )
     data.reward.mul_(1000 / (max(returns) - min(returns)))
 
 

@@ -321,6 +321,34 @@ def test_next_observations_show_the_ends(tmp_path, capsys, marks):
     np.testing.assert_allclose(data.next_action[:29], raw["actions"][1:30] / 2, rtol=1e-5)
 
 
+def far_from_zero(raw):
+    """Such as temperatures in kelvin, which hardly change beside their size."""
+    return {key: (300 + value / 1000 if "obs" in key else value).astype(value.dtype) for key, value in raw.items()}
+
+
+def test_small_changes_of_large_numbers(tmp_path, capsys):
+    raw = far_from_zero(episodes())
+    data = load(tmp_path, without(raw, "timeouts"))
+    assert data.episode.max() == 3 and "2 episodes end without a mark" in capsys.readouterr().out  # and a terminal
+    shuffle = np.random.default_rng(0).permutation(130)
+    data = load(tmp_path, {key: value[shuffle] for key, value in raw.items()})
+    assert data.episode is None and "not in time order" in capsys.readouterr().out
+    assert load(tmp_path, raw).episode is not None
+    raw["observations"][77] = raw["next_observations"][76] = 1e6  # a broken row
+    assert load(tmp_path, {key: value[shuffle] for key, value in raw.items()}).episode is None
+
+
+@pytest.mark.parametrize("scale", [lambda obs, after: after / 7, lambda obs, after: after - obs, None])
+def test_next_observations_of_another_scale(tmp_path, capsys, scale):
+    raw = episodes()
+    if scale:
+        raw["next_observations"] = scale(raw["observations"], raw["next_observations"])
+    else:
+        raw = {key: value[::-1] for key, value in raw.items()}
+    load(tmp_path, raw)
+    assert ("are both scaled alike?" in capsys.readouterr().err) == (scale is not None)
+
+
 @pytest.mark.parametrize("odd", ["float16", "noise", "no mark at all", "blocks"])
 def test_time_order_is_recognised(tmp_path, capsys, odd):
     raw = episodes(terminals=(1, 3))
@@ -377,6 +405,14 @@ def test_masks_that_only_repeat_terminals(tmp_path, capsys):
     np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
 
 
+def test_the_words_of_gymnasium(tmp_path):
+    raw = arrays()
+    words = dict(terminations=raw["terminals"], truncations=raw["timeouts"])
+    for given in (without(raw, "terminals", "timeouts") | words, without(raw, "timeouts") | words):
+        data = common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", given))
+        np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
+
+
 # Actions and their box
 
 
@@ -395,6 +431,14 @@ def test_actions_a_little_outside(tmp_path, capsys, factor, said):
     raw["actions"][0] = -2.11
     with pytest.raises(common.UserError, match=r"must be in \[-2, 2\], found \[-2.11, "):
         load(tmp_path, raw)
+
+
+def test_actions_that_were_scaled_before(tmp_path, capsys):
+    raw = episodes()
+    for largest, said in ((1.0, True), (0.9, False), (1.9, False)):
+        raw["actions"][:] = np.linspace(-largest, largest, 130)[:, None]
+        assert load(tmp_path, raw).action.abs().max() == np.float32(largest / 2)
+        assert ("end at 1, their box is [-2, 2]: were they scaled" in capsys.readouterr().err) == said
 
 
 @pytest.mark.filterwarnings("error")
@@ -523,7 +567,11 @@ def with_nan(value):
         (broken("observations", with_nan), "observations has NaN or infinite values in 2 rows, the first is 7"),
         (broken("rewards", lambda r: r / 0.0), "rewards has NaN or infinite values in 500 rows, the first is 0"),
         (broken("actions", lambda a: a * 3), r"actions must be in \[-1, 1\], found \[-[23]\..*another environment"),
+        (broken("actions", lambda a: a * [0.5, 1.2, 1]), r"found \[-1.1.*, 1.1.*\] in dimension 1: data scaled for"),
         (lambda raw: raw.pop("timeouts"), "no timeouts"),
+        (broken("terminals", lambda t: np.where(t, 1, -1)), "terminals must be 0 or 1 in every row, found -1"),
+        (broken("terminals", lambda t: t * 0.5), "terminals must be 0 or 1 in every row, found 0.5"),
+        (broken("timeouts", lambda t: np.arange(500) % 100), "timeouts must be 0 or 1 in every row, found 2"),
         (lambda raw: [raw["terminals"].fill(0), raw["timeouts"].fill(0)], "no complete episode"),
         (lambda raw: raw["timeouts"].fill(1), "no transition is left"),
         (lambda raw: raw.update({key: value[:0] for key, value in raw.items()}), "data are empty, found 0 rows"),
@@ -547,6 +595,8 @@ def test_bad_data(tmp_path, damage, words):
         ("x.npz", b"PK\3\4 nonsense", "not a complete .npz file .found 13 bytes", 1),
         ("x.hdf5", b"\x89HDF\r\n\x1a\n", "not a complete HDF5 file .found 8 bytes", 1),
         ("x.npz", pickle.dumps({}), "but a pickle", 1),
+        ("x.hdf5.gz", b"\x1f\x8b", "but packed by gzip", 1),
+        ("x.hdf5", b"version https://git-lfs.github.com/spec/v1", "but a pointer of Git LFS: git lfs pull", 1),
         ("x.hdf5", b"0.1,0.2", "neither an HDF5 file nor an .npz$", 1),
         ("x.hdf5", None, "no such file", 2),
     ],
@@ -773,6 +823,38 @@ def test_minari_partial(toy_data, left):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(common.RunError, match="interrupted download.*'toy/dict-v0', force_download=True"):
         common.load_dataset("toy/dict-v0")
+    with pytest.raises(common.RunError, match=f"its files are in {toy_data}/data$"):  # perhaps of no download
+        common.load_dataset("DictToy-v0", str(toy_data))
+
+
+def edited(episode, change):
+    """`change` of the arrays of an episode in the file, by their names."""
+    for name in ("actions", "rewards", "terminations", "truncations", "observations/b", "observations/a/y"):
+        value = change(name, episode[name][()])
+        del episode[name]
+        if value is not None:
+            episode[name] = value
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda name, value: value[: name.startswith("o")], 8 + 8 + 5),  # stopped before its first step
+        (lambda name, value: np.where(np.arange(len(value)) == 5, np.nan, value.T).T if name[-1] == "b" else value, 26),
+        (lambda name, value: np.r_[value.T, value.T].T if name[-1] == "b" else value, "rows of the shape .4., not .2."),
+        (lambda name, value: None if name == "rewards" else value, "'rewards' doesn't exist.*its files are in"),
+    ],
+)
+def test_minari_episodes_of_other_shapes(toy_data, change, found):
+    with h5py.File(toy_data / "data" / "main_data.hdf5", "a") as file:
+        edited(file["episode_1"], change)
+    if isinstance(found, int):
+        data = common.load_dataset("toy/dict-v0")
+        assert len(data) == found and data.rows.isfinite().all()
+    else:
+        with pytest.raises(common.RunError, match=found):
+            common.load_dataset("toy/dict-v0")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -797,6 +879,13 @@ def test_minari_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(minari, "download_dataset", offline)
     with pytest.raises(common.RunError, match="'mujoco/hopper/medium-v0' cannot be opened .*no route.*network"):
         common.load_dataset("mujoco/hopper/medium-v0")
+    for text in ("pyarrow is not installed. Please", "no route\nto host"):
+        monkeypatch.setattr(minari, "MinariDataset", lambda *args, text=text: (_ for _ in ()).throw(ImportError(text)))
+        with pytest.raises(common.UserError, match=f"^Minari data need {text.splitlines()[0]}[^\n]*$"):
+            common.make_env("ALE/Pong-v5")
+    monkeypatch.undo()
+    with pytest.raises(common.RunError, match="there is no .*; for an environment write my_module:ALE/Pong-v5"):
+        common.make_env("ALE/Pong-v5")
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(common.UserError, match=r'need the package minari: pip install "minari\[hdf5,hf\]"'):
         common.load_dataset("mujoco/hopper/medium-v0")

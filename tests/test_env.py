@@ -234,6 +234,7 @@ def test_whatever_gymnasium_makes(tmp_path, monkeypatch):
     code = "import gymnasium\ngymnasium.register('lab/Mine-v3', 'gymnasium.envs.classic_control:PendulumEnv', 30)\n"
     (tmp_path / "my_module.py").write_text(code)
     (tmp_path / "bad_module.py").write_text("1 / 0")
+    (tmp_path / "no_licence.py").write_text("import sys\nsys.exit(0)")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(gymnasium.envs.registration, "registry", registry := dict(gymnasium.registry))
     monkeypatch.setattr(gymnasium, "registry", registry)
@@ -247,6 +248,7 @@ def test_whatever_gymnasium_makes(tmp_path, monkeypatch):
     for env, words in (
         ("no_module:Mine-v0", "cannot be made here: ModuleNotFoundError: No module named 'no_module' .install"),
         ("bad_module:Mine-v0", "bad_module:Mine-v0 cannot be made here: ZeroDivisionError: division by zero"),
+        ("no_licence:Mine-v0", "no_licence:Mine-v0 cannot be made here: SystemExit: 0"),
         ("my_module:Other-v0", "unknown environment 'my_module:Other-v0'"),
         ("a:b:c", "a:b:c cannot be made here"),
     ):
@@ -359,6 +361,7 @@ def method(name, function):
         (method("step", lambda self, a: (np.zeros(3), np.ones(2), False, False, {})), "step: ValueError: can only"),
         (method("step", lambda self, a: (np.zeros(3), None, False, False, {})), "step: TypeError: float"),
         (method("step", lambda self, a: 1 / 0), "step: ZeroDivisionError: division by zero"),
+        (method("step", lambda self, a: sys.exit(0)), "step: SystemExit: 0"),
     ],
 )
 def test_rules_of_gymnasium(monkeypatch, cls, words):
@@ -366,7 +369,24 @@ def test_rules_of_gymnasium(monkeypatch, cls, words):
     with pytest.raises(common.UserError, match=f"Own-v0 failed in .*{words}") as caught:
         common.judge_spaces(own(monkeypatch, cls))
     text = str(caught.value)
-    assert "\n" not in text and "--eval-episodes 0" in text and ("Gymnasium's rules?" in text) == ("Zero" not in text)
+    assert "\n" not in text and "--eval-episodes 0" in text
+    assert ("Gymnasium's rules?" in text) == ("Zero" not in text and "Exit" not in text)
+    assert common.judge_spaces("Own-v0", needed=False) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "constructor, words",
+    [
+        (lambda self: None, "cannot be made here: AttributeError: 'Odd' object has no attribute 'action_space'"),
+        (lambda self: sys.exit("no licence"), "cannot be made here: SystemExit: no licence"),
+        (lambda self: Own.__init__(self, {"a": spaces.Box(-1, 1)}), "has a space of builtins.dict, not of gymnasium"),
+        (lambda self: Own.__init__(self, act=types.SimpleNamespace()), "has a space of types.SimpleNamespace, not of"),
+    ],
+)
+def test_constructors_that_break_the_rules(monkeypatch, constructor, words):
+    with pytest.raises(common.UserError, match=f"Own-v0 {words}.*--eval-episodes 0") as caught:
+        common.judge_spaces(own(monkeypatch, method("__init__", constructor)))
+    assert "\n" not in str(caught.value)
     assert common.judge_spaces("Own-v0", needed=False) == (None, None, None)
 
 
@@ -761,6 +781,13 @@ def test_each_environment_counts_once():
     assert [obs[:, 0].tolist() for obs in seen] == [[0, 1, 2], [0, 2], [0, 2], [2], [2]]
     assert [obs[:, 1].tolist() for obs in seen] == [[0, 0, 0], [1, 1], [2, 2], [3], [4]]
     assert all(obs.dtype == np.float32 for obs in seen)
+
+
+def test_signals_are_looked_for_before_every_reset_and_step():
+    ticks, envs = [], [Counter(0, 3, 1.0), Counter(1, 1, 10.0)]
+    tick = lambda: ticks.append((len(envs[0].seeds) + len(envs[1].seeds), sum(getattr(e, "count", 0) for e in envs)))
+    common.evaluate(lambda obs: np.zeros((len(obs), 2)), envs, 0, tick)
+    assert ticks == [(0, 0), (1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
 
 
 def test_same_seed_same_returns():

@@ -166,19 +166,24 @@ def test_an_unlisted_env_gets_its_nearest_relative_and_says_so(monkeypatch, caps
         ("--bound abc", "--bound: invalid float value: 'abc'"),
         ("--steps", "--steps: expected one argument"),
         ("--env", "--env: expected one argument"),
+        ("--data-path=", "--data-path: invalid str value: ''"),
+        ("--evaluate=", "--evaluate: invalid str value: ''"),
+        ("--resume=", "--resume: invalid str value: ''"),
         ("--video --evaluate", "--evaluate: expected one argument"),
         ("--mode medium", "invalid choice: 'medium'"),
         ("3", "unknown setting 3"),
         ("--lr-decay True", "--lr-decay takes no value: write --lr-decay or --no-lr-decay"),
         ("--no-lr-decay=1", "--no-lr-decay takes no value: write --lr-decay or --no-lr-decay"),
         ("--video", "--video does nothing without --evaluate"),
-        ("--out /dev/null/runs", "--out /dev/null/runs cannot be written: /dev/null is a file"),
+        ("--out /dev/null/runs", "--out /dev/null/runs cannot be written: /dev/null is no folder"),
+        ("--out gone", "--out gone cannot be written: "),
         ("--resume nowhere", "nowhere is not the folder of a run"),
         ("--evaluate nowhere", "nowhere is not the folder of a run"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(monkeypatch, capsys, tmp_path, flags, words):
     monkeypatch.chdir(tmp_path)
+    Path("gone").symlink_to("nowhere")
     with pytest.raises(SystemExit) as stopped:
         common.cli(lambda: parsed(monkeypatch, *flags.split()))
     out, error = capsys.readouterr()
@@ -315,6 +320,15 @@ run.finish()
     assert result.returncode == 0, result.stderr
 
 
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    for number, words in ((37, "has no locks: nothing keeps a second run out"), (28, "")):
+        monkeypatch.setattr(fcntl, "flock", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, "x")))
+        with contextlib.nullcontext() if words else pytest.raises(OSError):
+            make_run(tmp_path)
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("other", ["link", "."])
 def test_one_folder_has_one_lock_by_whatever_name(tmp_path, monkeypatch, other):
     run, _ = make_run(tmp_path)
@@ -400,6 +414,41 @@ def test_a_signal_in_an_evaluation_drops_it_and_the_resumed_run_makes_it(tmp_pat
         after = common.read_csv(folder / "metrics.csv")
         keys = ("phase", "step", "return", "return_std", "toy_loss")
         assert [[row.get(key) for key in keys] for row in after] == [[row.get(key) for key in keys] for row in before]
+
+
+def test_an_evaluation_that_is_owed_may_be_left_out(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, data=Slow(number=signal.SIGTERM), eval_episodes=1, eval_every=60)
+    with pytest.raises(SystemExit):
+        train(run, learners, evaluate=True)
+    run, learners = resumed(monkeypatch, "--resume", run.place, "--eval-episodes", "0")
+    train(run, learners, evaluate=True)
+    assert learners[0].weight == 100
+
+
+class Failing(Data):
+    def make_env(self, max_episode_steps):
+        env = super().make_env(max_episode_steps)
+        env.env = SimpleNamespace(reset=lambda **_: 1 / 0, close=lambda: None)
+        return env
+
+
+def test_an_environment_that_fails_costs_no_updates(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, data=Failing(), eval_episodes=1, eval_every=30, checkpoint_every=50)
+    words = f"failed in reset: ZeroDivisionError: .*; all updates are saved, --resume {run.place} .*--eval-episodes 0"
+    with pytest.raises(RunError, match=words):
+        train(run, learners, evaluate=True)
+    run, learners = resumed(monkeypatch, "--resume", run.place)
+    assert run.step == learners[0].weight == 30
+    train(run, learners, evaluate=True)
+    assert [row["total"] for row in common.read_csv(run.place / "metrics.csv") if "return" in row] == [30, 60, 90, 100]
+
+
+def test_a_policy_that_fails_costs_no_checkpoint(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, eval_episodes=1, eval_every=30)
+    learners[0].act = lambda obs, generator: torch.full((len(obs), 1), torch.nan)
+    with pytest.raises(RunError, match="the policy gave an action that is not finite"):
+        train(run, learners, evaluate=True)
+    assert common.load_checkpoint(run.place)["step"] == 20
 
 
 def test_a_second_ctrl_c_ends_at_once_other_signals_do_not(tmp_path):
@@ -566,6 +615,10 @@ def test_data_may_move_but_not_change(tmp_path, monkeypatch):
     train(run, learners, 20)
     run, _ = resumed(monkeypatch, "--resume", run.place, "--data-path", "there.npz")
     assert run.args.data_path == "there.npz"
+    here = Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    run, _ = resumed(monkeypatch, "--resume", run.place)
+    assert run.args.data_path == str(here / "there.npz")
     with pytest.raises(UserError, match="these are not the data that .*seed0 was trained on"):
         resumed(monkeypatch, "--resume", run.place, data=Data(fingerprint="other"))
 
@@ -648,13 +701,15 @@ def test_seeds_that_were_evaluated_apart_share_a_picture(tmp_path, monkeypatch):
     assert (run.root / "curve.png").stat().st_mtime >= (run.root / "seed1/curve.png").stat().st_mtime
 
 
-@pytest.mark.parametrize("damage", ["update,20,3", "\0\0\0,,", "\xff"])
+@pytest.mark.parametrize("damage", ["update,20,3", "\0\0\0,,", "\xff", "\0" * 200_000])
 def test_a_damaged_row_of_the_log_is_left_out(tmp_path, monkeypatch, damage):
     run, learners = make_run(tmp_path)
     train(run, learners, 20)
     path = run.place / "metrics.csv"
     rows = common.read_csv(path)
     path.write_text(path.read_text() + damage, encoding="latin-1")
+    assert common.read_csv(path) == rows
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Excel does
     assert common.read_csv(path) == rows
     run, learners = resumed(monkeypatch, "--resume", run.place)
     train(run, learners, 30)
@@ -709,6 +764,51 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage, monkeypatch):
         resumed(monkeypatch, "--resume", run.place)
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda about: [], "holds no readable args.json"),
+        (lambda about: about | dict(args=[]), "holds no readable args.json"),
+        (lambda about: about | dict(args=about["args"] | dict(seed=0)), "holds no readable args.json"),
+        (lambda about: about | dict(args=about["args"] | dict(steps="100")), "args.json: '100' is no value for steps"),
+        (lambda about: about | dict(args=about["args"] | dict(lr=None)), "args.json: None is no value for lr"),
+        (lambda about: about | dict(args=about["args"] | dict(mode="x")), "args.json: 'x' is no value for mode"),
+        (lambda about: about | dict(args=about["args"] | dict(weights=["x"])), "is no value for weights"),
+        (lambda about: about | dict(args=about["args"] | dict(lr=1, bound=2, gone=3, paper_score="88.1")), None),
+    ],
+)
+def test_settings_that_were_edited(tmp_path, monkeypatch, change, words):
+    run, learners = make_run(tmp_path)
+    train(run, learners, 20)
+    file = run.place / "args.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    if words is None:
+        assert parsed(monkeypatch, "--resume", run.place).bound == 2
+    else:
+        with pytest.raises(UserError, match=words):
+            parsed(monkeypatch, "--resume", run.place)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda saved: saved.pop("owed"), "cannot be read, .* of another version: KeyError: 'owed'"),
+        (lambda saved: saved["learner"].pop("weight"), "checkpoint is of another version or size .*: 'weight'"),
+        (lambda saved: saved["learner"].update(weight=torch.zeros(3)), "of another version or size .*: .*shape"),
+    ],
+)
+def test_a_checkpoint_of_another_version(tmp_path, monkeypatch, change, words):
+    run, learners = make_run(tmp_path)
+    train(run, learners, 20)
+    saved = common.load_checkpoint(run.place)
+    change(saved)
+    torch.save(saved, run.place / "checkpoint.pt")
+    with pytest.raises(UserError, match=words):
+        resumed(monkeypatch, "--resume", run.place)
+    with pytest.raises(UserError, match=words):
+        common.load_policy(Counter, Args, run.place)
+
+
 def test_folders_that_are_no_runs(tmp_path):
     with pytest.raises(UserError, match="no checkpoint.pt"):
         common.load_checkpoint(tmp_path)
@@ -756,6 +856,12 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     assert all("entity" not in options for options in started)
     assert logged[:2] == ["total", "total"] and logged[-2:] == ["end", "end"]
     assert logged[2]["first/toy_loss"] == 5.5 and logged[-3]["second/toy_loss"] == 25.5 and logged[-3]["total"] == 30
+
+
+def test_wandb_that_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
+    with pytest.raises(RunError, match="--wandb cannot be used here: ZeroDivisionError.*WANDB_MODE=offline"):
+        make_run(tmp_path, wandb=True)
 
 
 def tensorboard(folder):

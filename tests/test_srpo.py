@@ -326,7 +326,7 @@ def test_reward_scale_over_windows():
     data = dataset(reward, terminal)
     srpo.scale_rewards(data)  # windows 3 and 2; the row after the last terminal is no window
     assert torch.allclose(data.reward, reward * 1000)
-    with pytest.raises(common.UserError, match="--no-scale-rewards"):
+    with pytest.raises(common.UserError, match="a terminal or 1000 rows, found 0: --no-scale-rewards"):
         srpo.scale_rewards(dataset(torch.ones(500)))
 
 
