@@ -429,8 +429,8 @@ def scale_rewards(data, length=1000):
             total, rows = 0.0, 0
     if len(returns) < 2 or max(returns) == min(returns):
         raise UserError(
-            f"{data.name}: rewards are scaled by returns that differ, up to a terminal or {length} rows, found"
-            f" {len(set(returns))}: --no-scale-rewards leaves them as they are"
+            f"{data.name}: rewards are scaled by two returns that differ, each up to a terminal or {length} rows, found"
+            f" {len(set(returns))}: --no-scale-rewards does without"
         )
     data.reward.mul_(1000 / (max(returns) - min(returns)))
 
