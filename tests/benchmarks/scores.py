@@ -176,7 +176,7 @@ def explain(tables):
         for runs in [found[method] for method in METHODS for found in table.values() if method in found]:
             for run in [run for run in runs if "distance" in run]:
                 name = f"{run['method']}{f' as {rows}' if rows else ''}, seed {run['seed']}"
-                q = [f"{run[key]:.0f}" if key in run else "" for key in ("q", "data_q", "expert_q")]
+                q = [f"{run[key]:,.0f}" if key in run else "" for key in ("q", "data_q", "expert_q")]
                 place = f"{Path(run['data_path']).stem} | {run['score']['last_five']:.1f} | {run['distance']:.3f}"
                 lines.append(f"| {name} | {place} | {' | '.join(q)} |")
     return "\n".join(lines)
