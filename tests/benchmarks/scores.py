@@ -82,6 +82,9 @@ def train(args, method, env, seed):
     if not args.full:
         steps = int(LONG[method].split()[1])
         command += f"{SCALE} {LONG[method]} --eval-every {steps // 20} --eval-episodes 10".split()
+        models = args.out / method / script / f"{env}@{Path(SETS[env]).stem}"  # SRPO's: the rows differ in beta alone
+        if method == "srpo" and args.rows and (models / f"seed{seed}").exists():
+            command += ["--reuse", str(models)]
     run = args.out / method / script / f"{row}@{Path(SETS[env]).stem}" / f"seed{seed}"
     cost = args.out / f"{method}-{row}-{Path(SETS[env]).stem}-{seed}.seconds"  # of CPU time, over all parts of a run
     with open(cost.with_suffix(".log"), "a") as log:
@@ -191,6 +194,8 @@ def draw(tables, path):
     for axes, env in zip(figure.subplots(1, len(envs), squeeze=False)[0], envs):
         for k, (rows, table) in enumerate(tables.items()):
             runs = {x: table[env][name] for x, name in enumerate(names) if name in table.get(env, {})}
+            if not runs:
+                continue
             found = [[run["score"]["last_five"] for run in seeds] for seeds in runs.values()]
             mean = np.array([np.mean(values) for values in found])
             spread = [mean - [min(values) for values in found], [max(values) for values in found] - mean]
@@ -203,9 +208,10 @@ def draw(tables, path):
             axes.axhline(clone, color="black", linestyle=":", label="behaviour cloning")
         axes.set_xticks(np.arange(len(names)) + 0.2, names, rotation=45)
         axes.set(title=Path(SETS[env]).stem, ylabel="D4RL score, mean of the last five")
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(envs) == 1 else 4, fontsize=8
-    )
+    entries = {}  # of all panels, each once
+    for axes in figure.axes:
+        entries |= dict(zip(*reversed(axes.get_legend_handles_labels())))
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=2 if len(envs) == 1 else 4, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
