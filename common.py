@@ -1560,11 +1560,12 @@ def check_args(args):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=args.device).device
+        trial = torch.zeros(1, device=args.device)
+        trial.item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device} cannot be used here: {reason(error)}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams and graphs belong to the current device
+    if trial.device.type == "cuda":
+        torch.cuda.set_device(trial.device)  # streams and graphs belong to the current device
 
 
 def check_resume(args, given):
@@ -2055,6 +2056,8 @@ class Run:
         try:
             for part, learner in zip(parts, self.learners):
                 torch.save(books | dict(learner=get_state(learner.state)), part)
+                with open(part, "rb+") as file:
+                    os.fsync(file.fileno())  # else a full network disk, or a power cut, could leave half a file
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             for part in parts:
                 part.unlink(missing_ok=True)

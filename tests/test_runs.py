@@ -1,6 +1,7 @@
 """Command line, logs, checkpoints, signals and errors of common.Run, on a learner that costs nothing."""
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -160,6 +161,7 @@ def test_an_unlisted_env_gets_its_nearest_relative_and_says_so(monkeypatch, caps
         ("--seed -1", "from 0 on, found -1"),
         ("--seed 99999999999", "from 0 on"),
         ("--device tpu9", "--device tpu9 cannot be used here"),
+        ("--device meta", "--device meta cannot be used here"),
         ("--nonsense 3", "unknown setting --nonsense 3; --help"),
         ("--stesp 3", "unknown setting --stesp 3 (did you mean --steps?)"),
         ("--steps abc", "--steps: invalid int value: 'abc'"),
@@ -522,8 +524,15 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         Path(path).write_bytes(b"x")
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match="disk full"):
+    def quota(file):  # a network disk says so only when it is made to write
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RunError, match="disk full"):
+            run.save()
+    monkeypatch.setattr(os, "fsync", quota)
+    with pytest.raises(RunError, match="quota exceeded"):
         run.save()
     assert not list(tmp_path.rglob("*.part"))
     assert common.load_checkpoint(run.place)["step"] == 20
