@@ -191,7 +191,7 @@ def draw(tables, path):
     there = {method for table in tables.values() for found in table.values() for method in found}
     names = [method for method in METHODS if method in there - {"bc"}]
     figure = Figure(figsize=(4.5 * len(envs), 4), layout="constrained")
-    for axes, env in zip(figure.subplots(1, len(envs), squeeze=False)[0], envs):
+    for axes, env in zip(figure.subplots(1, len(envs), sharey=True, squeeze=False)[0], envs):
         for k, (rows, table) in enumerate(tables.items()):
             runs = {x: table[env][name] for x, name in enumerate(names) if name in table.get(env, {})}
             if not runs:
@@ -207,7 +207,8 @@ def draw(tables, path):
             clone = np.mean([run["score"]["last_five"] for run in found["bc"]])
             axes.axhline(clone, color="black", linestyle=":", label="behaviour cloning")
         axes.set_xticks(np.arange(len(names)) + 0.2, names, rotation=45)
-        axes.set(title=Path(SETS[env]).stem, ylabel="D4RL score, mean of the last five")
+        axes.set(title=Path(SETS[env]).stem, xlim=(-0.6, len(names)))
+    figure.axes[0].set_ylabel("D4RL score, mean of the last five")
     entries = {}  # of all panels, each once
     for axes in figure.axes:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels())))
