@@ -421,7 +421,8 @@ def test_summary_says_whether_graphs_ran(flags, graphs, cuda, tmp_path, monkeypa
 def test_the_device_is_made_current(monkeypatch):
     """Streams and graphs belong to the current device: --device cuda:1 must be it."""
     zeros, current = torch.zeros, []
-    monkeypatch.setattr(torch, "zeros", lambda *size, device: SimpleNamespace(device=torch.device(device)))
+    fake = lambda *size, device: SimpleNamespace(device=torch.device(device), item=float)
+    monkeypatch.setattr(torch, "zeros", fake)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for device in ("cuda:1", "cpu"):
         common.check_args(common.RunArgs(device=device))
