@@ -8,7 +8,7 @@ The successor measure is right, its gradient quieter; state cloning helps with f
 1. Sec. 4.2, 5: the fixed point of L_BDM is the successor measure d, of any policy, from any policy's data. On a chain
    with three states, d = (1 - gamma) P (I - gamma P)^-1; and on a linear system, whose data have random actions, for
    the policy a = -0.4 s. With ten levels of noise even the exact noise model draws samples that are off, so it goes
-   through the same sampler ("exact network").
+   through the same sampler ("exact network": 0.053 on average, 0.061 in the samples of this run).
 
                                                     predicted                      measured, 3 seeds
     chain, gamma 0.9: total variation to d          0 for d, 0.053 exact network   0.035 to 0.047

@@ -1,6 +1,6 @@
 """SRPO: a policy from a frozen diffusion model, actions without sampling (Sec. 3, 6.2; Eq. 10, 14, 15; Fig. 1 to 5).
 
-    python tests/benchmarks/claim_srpo.py                          # 5 CPU minutes; writes tests/{figures,results}
+    python tests/benchmarks/claim_srpo.py                          # 4 CPU minutes; writes tests/{figures,results}
     python tests/benchmarks/claim_srpo.py --seeds 0                # other seeds write to runs/claims instead
     python tests/benchmarks/claim_srpo.py --scene bandit-rings     # Fig. 3 on any scene: runs/claims/bandit-rings.png
 
@@ -11,7 +11,7 @@ Gaussians: on the exact score, where closed forms and quadrature say where they 
 after 1,500 calls of behavior_update (three seeds; undertrained, so that the error of learning is large).
 
                                                     predicted             exact score           learned scores
-    omega = sigma^2, N(-0.3, 0.2^2): end at beta    -0.225, 0.129, 0.511  -0.226, 0.130, 0.511  -0.29 to -0.08, 0.10
+    omega = sigma^2, N(-0.3, 0.2^2): end at beta    -0.225, 0.129, 0.511  -0.226, 0.130, 0.511  -0.29 to -0.07, 0.10
     0.01, 0.1, 1                                                                                to 0.22, 0.51 to 0.53
     modes at +-0.8, no Q, from 0.3: sigma^2         0                     -0.01                 -0.21 to 0.08
     the same, alpha / sigma at t = 0.02 (Eq. 10)    0.80                  0.80                  0.74 to 0.77
