@@ -92,6 +92,7 @@ from common import (
     Run,
     RunArgs,
     UserError,
+    apart,
     at_least,
     at_most,
     capture,
@@ -678,7 +679,7 @@ def check(args, given):
     if args.rebrac:
         if args.w_s and "w_s" in given:
             raise UserError("ReBRAC as its authors run it has raw states and no BDM: --w-s takes --no-rebrac with it")
-        useless(given, ["corrected"], "with --rebrac")
+        useless(given, ["corrected"], "with --rebrac" + ", set for these data" * ("rebrac" not in given))
         if not args.evaluate:
             print("note: ReBRAC as its authors run it, without a BDM")
     if args.sbc_only:
@@ -686,6 +687,8 @@ def check(args, given):
     if args.bdm_only:
         actor = ["actor_lr", "critic_lr", "w_a", "w_s", "eta", "actor_bdm", "num_futures", "critic_bc", "reward_scale"]
         useless(given, actor, "with --bdm-only")
+        if args.bdm_only != "data":
+            apart(args, "bdm_only")
     if args.rebrac or args.bdm_only:
         args.w_s = 0.0
     if args.w_s == 0:

@@ -1300,7 +1300,7 @@ def evaluate_run(args, Learner):
         )
     if args.video:  # first: what it lacks is better known before the episodes
         film = folder / "video.mp4"
-        value = record_video(act, args.env, film, seed)
+        value = record_video(act, args.env, film, seed, args.max_episode_steps)
         print(f"video of one episode (return {value:.1f}): {film}")
     returns = evaluate(act, envs, seed)
     text = f"{folder}: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes"
@@ -1308,11 +1308,11 @@ def evaluate_run(args, Learner):
     print(text if scores is None else f"{text} | {score_name(args.env)} {np.mean(scores):.1f} ± {np.std(scores):.1f}")
 
 
-def record_video(act, env, path, seed):
+def record_video(act, env, path, seed, max_episode_steps=1000):
     """Film one episode of the environment named `env` into the file `path` (.mp4) and return its raw return."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # draw without a screen
-    film = make_env(env, render_mode="rgb_array")
+    film = make_env(env, "rgb_array", max_episode_steps)
     try:
         film.reset(seed=seed)
         film.render()
@@ -1368,6 +1368,7 @@ class RunArgs:
     # Log to Weights & Biases too, as its environment variables WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP say
     wandb: bool = False
     paper_score: float | None = None  # On this dataset, from the script's table; no flag
+    goal = None  # updates at which the seeds that are resumed first meet others; no setting
 
 
 # What may change when a run is resumed, and what may stand beside --evaluate.
@@ -1395,11 +1396,17 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     if given.get("resume") == HERE and "evaluate" not in given:
         resume_here(Args, given)
     if folder := given.get("evaluate") or given.get("resume"):
-        first = next(iter(run_folders(folder).values()))
+        folders = run_folders(folder)  # of them the first that is asked for
+        first = folders.get(given.get("seed", (None,))[0], next(iter(folders.values())))
         default, source = saved_run(first, Args, script_of(Args)), f"the run in {folder}"
+        if "device" not in given and default.device.startswith("cuda") and not torch.cuda.is_available():
+            print(f"note: {first} ran on {default.device}, which is not here; the CPU takes its place")
+            default.device = "cpu"
     else:
         table, relative = find_settings(env, settings)
         default, source = replace(Args(), **table | dict(env=env)), relative or env
+        for field in ("eval_every", "log_every"):
+            setattr(default, field, max(1, min(getattr(default, field), default.steps // 10)))  # ten points at least
         if relative and not wants_help:
             print(f"note: no settings for {env} in this script; using those of {relative}")
     if wants_help:
@@ -1421,7 +1428,7 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
         for field in ("eval_every", "log_every", *proportional):
             if field not in given:
                 length = round(getattr(default, field) * args.steps / default.steps)
-                often = max(1, min(length, args.steps // 10))  # ten points at least
+                often = max(1, min(length, args.steps // 10))
                 setattr(args, field, length if field in proportional else often)
     check_args(args)
     if check:
@@ -1540,6 +1547,13 @@ def useless(given, names, where):
             raise UserError(f"{flag(name)} does nothing {where}")
 
 
+def apart(args, name):
+    """Refuse a setting that names another run if this one would move it aside."""
+    source, new = Path(getattr(args, name)), new_folders(args, script_of(type(args)))
+    if not args.resume and any(folder.resolve().is_relative_to(source.resolve()) for folder in new.values()):
+        raise UserError(f"{flag(name)} {source} is where this run would be written: choose another --out")
+
+
 def check_args(args):
     at_least(args, 1, "steps", "batch_size", "eval_every", "log_every", "checkpoint_every", "max_episode_steps")
     at_least(args, 0, "eval_episodes")
@@ -1585,7 +1599,9 @@ def check_resume(args, given):
                 rest = "when it is resumed" if name in given else "as for other seeds: resume each on its own"
                 raise UserError(f"{flag(name)} was {was} in {folders[seed]} and cannot be {now} {rest}")
     counts = updates_of({seed: folders[seed] for seed in seeds})
-    args.seed = tuple(seed for seed in seeds if counts[seed] == min(counts.values()))
+    least, *ahead = sorted(set(counts.values()))
+    args.seed = tuple(seed for seed in seeds if counts[seed] == least)
+    args.goal = ahead[0] if ahead else None
     if len(args.seed) < len(seeds):
         print(f"note: the seeds stand apart; seed {' '.join(map(str, args.seed))} first, until it meets the next")
 
@@ -1922,7 +1938,7 @@ class Run:
         HELD.append(self.held)
         places = run_folders(args.resume) if args.resume else new_folders(args, self.script)
         self.folders = [places[seed] for seed in args.seed]
-        self.root, self.goal = self.folders[0].parent, None
+        self.root = self.folders[0].parent
         for folder in self.folders:
             self.held.enter_context(lock(folder))
         self.hear_signals()
@@ -2081,9 +2097,9 @@ class Run:
                 for name in BOOKS:
                     setattr(self, name, checkpoint[name])
                 self.owed &= bool(self.envs)
-            write_about(folder, self, seed, about | dict(resumed=[*about.get("resumed", []), now()]))
-        ahead = [count for count in updates_of(run_folders(self.args.resume)).values() if count > self.total]
-        self.goal = min(ahead, default=None)  # where these seeds meet others
+            keep_code(folder, self)
+            again = dict(resumed=now(), **circumstances(self))
+            write_about(folder, self, seed, about | dict(resumed=[*about.get("resumed", []), again]))
         print(f"resuming {self.place} {f'at {self.phase} {self.step:,}' if self.phase else 'from its beginning'}")
         if elsewhere:
             print("note: its checkpoint is from another kind of device: the run goes on, but not bit for bit")
@@ -2105,7 +2121,7 @@ class Run:
         self.signal = self.signal or number
 
     def stopping(self):
-        return self.signal or self.total == self.goal
+        return self.signal or self.total == self.args.goal
 
     def leave(self):
         self.terminal.close()
@@ -2195,15 +2211,35 @@ def lock(folder):
 def begin_folder(folder, run, seed):
     """A new folder; an earlier run in the same place is moved aside, never overwritten."""
     if folder.exists():
-        aside = next(path for n in itertools.count(1) if not (path := Path(f"{folder}.old{n}")).exists())
-        folder.rename(aside)
+        folder.rename(aside := unused(folder))
         print(f"note: the earlier run in {folder} is now {aside}; --resume continues either")
     folder.mkdir()
-    for name, code in run.code.items():  # read before: the script may be the copy in the folder that was moved
-        (folder / name).write_bytes(code)
+    keep_code(folder, run)
+    write_about(folder, run, seed, dict(started=now(), **circumstances(run)))
+
+
+def keep_code(folder, run):
+    """The script and common.py as they run, beside what ran before where that was another version."""
+    for name, code in run.code.items():  # read before: the script may be the copy in a folder that was moved
+        path, part = folder / name, folder / f"{name}.part"
+        if path.exists() and (old := path.read_bytes()) != code:
+            (aside := unused(path)).write_bytes(old)
+            print(f"note: {name} has changed since the run in {folder} began; the older one there is now {aside.name}")
+        part.write_bytes(code)
+        part.replace(path)
+
+
+def unused(path):
+    """The first of <path>.old1, .old2, ... that does not exist."""
+    return next(old for n in itertools.count(1) if not (old := Path(f"{path}.old{n}")).exists())
+
+
+def circumstances(run):
+    """By what code, versions and machine a run goes on."""
     versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium, mujoco)}
-    about = dict(started=now(), git=git_state(run.script), versions=versions | dict(python=platform.python_version()))
-    write_about(folder, run, seed, about | dict(processor=processor(), device=device_name(run.args.device)))
+    versions |= dict(python=platform.python_version())
+    device = device_name(run.args.device)
+    return dict(git=git_state(run.script), versions=versions, processor=processor(), device=device)
 
 
 def write_about(folder, run, seed, about):
@@ -2507,6 +2543,8 @@ def draw_curve(path, rows_of_seeds, run, who):
     key = "score" if any("score" in row for row in rows_of_seeds[0]) else "return"
     curves = [{row["total"]: (row[key], row[f"{key}_std"]) for row in rows if key in row} for rows in rows_of_seeds]
     total = sorted(set.intersection(*map(set, curves)))  # seeds may have gone on alone for a while
+    if not total:
+        return
     values, spread = np.array([[curve[at] for at in total] for curve in curves]).reshape(-1, len(total), 2).T
     mean, band, over = values.mean(1), spread[:, 0], "episodes"
     if len(curves) > 1:

@@ -552,6 +552,8 @@ def check(args, given):
             raise UserError(f"--alpha takes one value with --alpha-mode dual, its start, found {list(args.alpha)}")
     else:
         useless(given, ["epsilon", "alpha_lr"], "with --alpha-mode schedule")
+        if len(args.alpha) == 1 and "alpha_until" not in given:
+            args.alpha_until = ()
         ends = [0, *args.alpha_until, 1]
         if len(ends) != len(args.alpha) + 1 or not all(a < b for a, b in zip(ends, ends[1:])):
             raise UserError(

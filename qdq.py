@@ -83,6 +83,7 @@ from common import (
     Run,
     RunArgs,
     UserError,
+    apart,
     at_least,
     at_most,
     capture,
@@ -675,6 +676,7 @@ def check(args, given):
         useless(given, ["bc_coef"], "with --actor-loss awr")
     if args.reuse:
         useless(given, UNUSED, "with --reuse")
+        apart(args, "reuse")
 
 
 def main():

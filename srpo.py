@@ -71,6 +71,7 @@ from common import (
     Run,
     RunArgs,
     UserError,
+    apart,
     at_least,
     at_most,
     capture,
@@ -464,6 +465,7 @@ def check(args, given):
         raise UserError(f"--fixed-t must be above 0 and at most 1, found {args.fixed_t}")
     if args.reuse:
         useless(given, ["critic_steps", "behavior_steps"], "with --reuse")
+        apart(args, "reuse")
 
 
 def main():

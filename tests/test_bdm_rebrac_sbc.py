@@ -914,3 +914,6 @@ def test_runs_of_all_kinds(start, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             start(*flags, name="bad")
         assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):  # it would move the policy's own run aside
+        start("--bdm-only", trained, name="policy")
+    assert "is where this run would be written" in capsys.readouterr().err

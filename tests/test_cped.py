@@ -546,6 +546,11 @@ def test_lengths_follow_steps_and_seeds_reach_the_learners(monkeypatch):
     assert (args.behavior_steps, args.critic_start, args.q_start) == (500, 30, 50) and seeds == [3, 5]
 
 
+def test_one_alpha_stays(monkeypatch):
+    args, *_ = main_until_training(monkeypatch, "--alpha 5")
+    assert (args.alpha, args.alpha_until) == ((5.0,), ())
+
+
 @pytest.mark.parametrize(
     "flags, word",
     [
@@ -553,7 +558,8 @@ def test_lengths_follow_steps_and_seeds_reach_the_learners(monkeypatch):
         ("--alpha-lr 0.1", "--alpha-lr does nothing"),
         ("--alpha-mode dual --alpha-until 0.5", "--alpha-until does nothing"),
         ("--use-timeouts", "--use-timeouts does nothing"),
-        ("--alpha 1", "--alpha-until"),
+        ("--alpha 1 --alpha-until 0.5", "--alpha-until"),
+        ("--alpha 1 2 3", "--alpha-until"),
         ("--alpha 1 2 3 --alpha-until 0.5 0.1", "--alpha-until"),
         ("--alpha 1 2 3 --alpha-until 0.5 0.5", "--alpha-until"),
         ("--alpha 1 2 --alpha-until 1.5", "--alpha-until"),

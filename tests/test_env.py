@@ -848,6 +848,14 @@ def test_video_that_cannot_be_drawn(tmp_path, monkeypatch):
         common.record_video(random_policy(1), "pendulum-demo-medium", tmp_path / "video.mp4", seed=0)
 
 
+def test_a_film_has_the_time_limit_of_the_episodes(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(common, "make_env", lambda *args, **more: made.append((args, more)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        common.record_video(None, "some", tmp_path / "video.mp4", 0, 20)
+    assert made == [(("some", "rgb_array", 20), {})]
+
+
 @pytest.mark.parametrize("name", ["halfcheetah-demo-medium", "hopper-medium-v2", "Walker2d-v5"])
 def test_the_camera_follows_the_robot(name):
     env = common.make_env(name, render_mode="rgb_array").unwrapped

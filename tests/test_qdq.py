@@ -668,8 +668,12 @@ def test_reuse_compares(name, value, monkeypatch):
 
 def test_reuse_refuses_what_does_not_fit(start, tmp_path):
     with pytest.raises(common.UserError, match="no checkpoint"):
-        start("--reuse", run_folder(tmp_path))
+        start("--reuse", run_folder(tmp_path), out="b")
     start("--score-steps", 1, "--consistency-steps", 5)
+    for place in (run_folder(tmp_path), run_folder(tmp_path).parent):
+        with pytest.raises(common.UserError, match="--reuse .* is where this run would be written"):
+            start("--reuse", place)
+    assert not list(run_folder(tmp_path).parent.glob("*.old*"))
     path = run_folder(tmp_path) / "checkpoint.pt"
     with pytest.raises(common.UserError, match="other data"):
         start("--reuse", path.parent, env="pendulum-demo-expert", out="b")

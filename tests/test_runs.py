@@ -230,6 +230,7 @@ def test_help_is_grouped_and_shows_the_values_of_the_env(monkeypatch, capsys):
     assert "Random seeds; several train side by side on one copy of the data (default: 0)" in text
     assert "those of pendulum-demo-medium;" in help_of() and "(default: 0.125)" in help_of()
     assert "those of hopper-medium-v2;" in help_of("--env", "Hopper-v4")
+    assert "Updates between evaluations (default: 10)" in help_of()  # a tenth of the run, as it will be
 
 
 def test_only_what_is_near_is_suggested():
@@ -689,6 +690,72 @@ def test_seeds_that_stand_apart_resume_each_from_its_own(tmp_path, monkeypatch, 
     common.cli(main)
     assert seen == [((3,), 0), ((0, 3), 20), ((0, 1, 3), 53), ((0, 1, 2, 3), 100)]
     assert weights == {seed: 1100 for seed in range(4)}
+
+
+def test_one_of_several_seeds_is_resumed_by_itself(tmp_path, monkeypatch):
+    """With its own settings and length, whatever became of the others."""
+    run, learners = make_run(tmp_path, seed=(0, 1))
+    train(run, learners, 50)
+    with pytest.raises(SystemExit):
+        run, learners = resumed(monkeypatch, "--resume", run.root / "seed0", "--steps", "120", "--log-every", "3")
+        for _ in updates(run, "update", 120):
+            run.signal = 15 if run.step == 60 else None
+    (run.root / "seed0" / "checkpoint.pt").write_text("damaged")
+    run, learners = resumed(monkeypatch, "--resume", run.root, "--seed", "1")
+    assert (run.args.seed, run.args.steps, run.args.log_every, run.total) == ((1,), 100, 10, 50)
+    train(run, learners, 100)  # and does not stop where seed 0 stands
+    assert run.total == 100
+
+
+def test_changed_code_is_told_and_kept(tmp_path, monkeypatch, capsys):
+    run, learners = make_run(tmp_path)
+    train(run, learners, 20)
+    copy = run.place / "test_runs.py"
+    copy.write_text("of another day")
+    run, _ = resumed(monkeypatch, "--resume", run.place)
+    assert "note: test_runs.py has changed since" in capsys.readouterr().out
+    assert copy.read_text() == Path(__file__).read_text()
+    assert (run.place / "test_runs.py.old1").read_text() == "of another day"
+    (again,) = json.loads((run.place / "args.json").read_text())["resumed"]
+    assert again.keys() == {"resumed", "git", "versions", "processor", "device"}
+    resumed(monkeypatch, "--resume", run.place)
+    assert "has changed" not in capsys.readouterr().out and not (run.place / "test_runs.py.old2").exists()
+
+
+def test_a_film_is_as_long_as_the_episodes(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path)
+    train(run, learners, 20)
+    filmed = []
+    monkeypatch.setattr(common, "need", lambda *args: None)
+    monkeypatch.setattr(common, "record_video", lambda *args: filmed.append(args[1:]) or 0.0)
+    flags = ["--video", "--max-episode-steps", "7", "--eval-episodes", "1"]
+    common.evaluate_run(parsed(monkeypatch, "--evaluate", run.place, *flags), Counter)
+    assert filmed == [("pendulum-demo-medium", run.place / "video.mp4", common.evaluation_seed(0), 7)]
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_a_run_of_a_machine_with_a_gpu_goes_on_without_one(tmp_path, monkeypatch, capsys, flag):
+    run, learners = make_run(tmp_path)
+    train(run, learners, 20)
+    path = run.place / "args.json"
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parsed(monkeypatch, flag, run.place).device == "cpu"
+    assert "ran on cuda, which is not here; the CPU takes its place" in capsys.readouterr().out
+
+
+def test_a_signal_before_any_common_evaluation(tmp_path, monkeypatch):
+    """One seed has been evaluated, the other never: there is no common curve to draw yet."""
+    for seed in (0, 1):
+        run, learners = make_run(tmp_path, seed=(seed,), eval_episodes=1 - seed, steps=20, eval_every=20)
+        train(run, learners, 20, evaluate=True)
+        run.finish()
+    flags = ["--steps", "200", "--eval-every", "200", "--eval-episodes", "1"]
+    run, learners = resumed(monkeypatch, "--resume", run.root, *flags)
+    with pytest.raises(SystemExit) as stopped:
+        for _ in updates(run, "update", 200, evaluate=True):
+            run.signal = 15
+    assert stopped.value.code == 143 and not (run.root / "curve.png").exists()
 
 
 def test_seeds_that_were_evaluated_apart_share_a_picture(tmp_path, monkeypatch):

@@ -390,6 +390,8 @@ def test_reuse(start, refusal, tmp_path, capsys):
     again = common.load_checkpoint(runs[1])["learner"]
     assert torch.equal(again["behavior"]["first.weight"], first["behavior"]["first.weight"])
 
+    for place in (source, source / "seed0"):
+        assert "is where this run would be written" in refusal("--reuse", place, "--out", tmp_path / "first")
     assert "holds no checkpoint" in refusal("--reuse", source, "--seed", 2)
     assert "was made with --seed 1" in refusal("--reuse", source / "seed1")
     assert "--critic-steps does nothing with --reuse" in refusal("--reuse", source, "--critic-steps", 6)
