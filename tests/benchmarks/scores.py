@@ -206,6 +206,8 @@ def draw(tables, path):
         if "bc" in found:
             clone = np.mean([run["score"]["last_five"] for run in found["bc"]])
             axes.axhline(clone, color="black", linestyle=":", label="behaviour cloning")
+        for x in [x for x, name in enumerate(names) if name not in found]:
+            axes.text(x + 0.2, 1, "not run yet", rotation=90, ha="center", fontsize=8)
         axes.set_xticks(np.arange(len(names)) + 0.2, names, rotation=45)
         axes.set(title=Path(SETS[env]).stem, xlim=(-0.6, len(names)))
     figure.axes[0].set_ylabel("D4RL score, mean of the last five")
