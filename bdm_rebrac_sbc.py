@@ -1,7 +1,8 @@
 """Bellman Diffusion Models (BDM): ReBRAC with State Behaviour Cloning (ReBRAC-SBC), SBC alone, and ReBRAC
 
 Liam Schramm, Abdeslam Boularias: "Bellman Diffusion Models for Offline Reinforcement Learning", arXiv:2407.12163.
-Author's code, to which the paper does not link: github.com/schrammlb2/Bellman-Diffusion-Offline-RL, commit 384666e.
+Author's code, to which the paper does not link: github.com/schrammlb2/Bellman-Diffusion-Offline-RL, commit 384666e
+(the method's own file: 3940f95).
 
     python bdm_rebrac_sbc.py                                         # built-in HalfCheetah data, minutes on a CPU core
     python bdm_rebrac_sbc.py --env hopper-medium-v2                  # the paper's run: the author's algorithm, whole
@@ -49,8 +50,8 @@ States are z-scored, since the chain starts from N(0, I). Without critics (--sbc
                                                       too, not here
  9. P: alpha_i; s_f ~ d(. | s, a), eps(s'_i, i)       abar_i; s_f ~ d(. | s', a'), as in Alg. 1; eps(s'_i, s, a, i)
 10. C: s_f in L_s is G + 1 steps on, across time      X: G ~ Geometric(1 - gamma) steps on in its episode, for ever in a
-    limits too, none beyond a terminal                terminal state, none beyond a time limit. L_s gets 17 to 22 %
-                                                      larger: missing ones count as zeros (there are 0.842 of all in C,
+    limits too and from a terminal row, none beyond   terminal state, none beyond a time limit. L_s gets 17 to 22 %
+    a later terminal                                  larger: missing ones count as zeros (there are 0.842 of all in C,
                                                       0.984 in X on Hopper medium; 0.559, 0.999 on medium-replay)
 11. P: no sampler, no K. C: DDPM, K = 10, the         X: at that level: N(1, 1) comes out with mean 0.98, not 0.76
     network called one level above the step's

@@ -257,17 +257,17 @@ class Dataset:
 
         `next_obs` [N, S] given: all rows are kept but those that lack theirs (NaN) and are no terminals; the last row
         of an episode repeats its own action as next action.
-        Not given: D4RL's `qlearning_dataset` rule: the successor is the next row, so the last row and all time-limit
-        rows are dropped, and a terminal row points into the next episode (harmless where terminal masks it).
+        Not given: D4RL's `qlearning_dataset` rule: the successor is the next row, so all time-limit rows are dropped,
+        and the last row if it is no terminal; a terminal points into the next episode (harmless where it masks that).
         `ends` [N, S] replaces next_obs at terminal rows only, for methods that look at the last state itself.
         `in_order` False: rows in any order with their next_obs; nothing is known of next actions and episodes.
         """
         end = terminal | timeout
         if next_obs is None:
             keep = ~timeout
-            keep[-1] = False
+            keep[-1] &= terminal[-1]
             keep = np.flatnonzero(keep)
-            after = keep + 1
+            after = np.minimum(keep + 1, len(obs) - 1)
         else:
             known = np.isfinite(next_obs)
             keep = np.flatnonzero(known.all(axis=1) | terminal)
@@ -357,7 +357,8 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
             raise UserError(f"{env} makes its own data, so --data-path cannot be used with it")
         return load_scene(env)
     path = Path(data_path).expanduser() if data_path else None
-    original = next((name for name in DATASETS if path and Path(DATASETS[name].path).name == path.name), env)
+    official = next((name for name in DATASETS if path and Path(DATASETS[name].path).name == path.name), None)
+    original = official or env
     family = original.split("-")[0]
     if env.split("-")[0] != family and env != GYM_IDS.get(family):
         raise UserError(f"{path.name} cannot be evaluated in {env}, whose physics differ: use --env {original}")
@@ -365,7 +366,7 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
         raw, box = read_minari(path.name if path else env, path)
         dim, box, _ = judge_spaces(env) if judge else (None, box, None)
         check_arrays(raw, env, dim, box)
-        return Dataset.from_arrays(env, **raw, make_env=functools.partial(make_env, env))
+        return forget_returns(Dataset.from_arrays(env, **raw, make_env=functools.partial(make_env, env)))
     if not (path or env in BUILT_IN or env in DATASETS):
         if ":" in env or env in gymnasium.registry:
             raise UserError(
@@ -380,11 +381,20 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
     horizon = KITCHEN_HORIZON if env.startswith("kitchen-") else horizon
     in_order, sure = find_ends(raw, env, horizon, timeout_rule), "next_obs" in raw
     if in_order:
+        if official or not path:  # D4RL drops its last row even where that is a terminal
+            raw["timeout"][-1] |= raw["terminal"][-1]
         ends = raw.pop("next_obs", raw["obs"])
         raw["ends"] = np.where(np.isfinite(ends), ends, raw["obs"]) if true_next_obs else None
     data = Dataset.from_arrays(env, **raw, in_order=in_order, make_env=functools.partial(make_env, env))
     if len(data.episode_returns) == 0 and not sure:
         raise UserError(f"{env}: the data hold no complete episode: no row is marked as terminal or as a time limit")
+    return forget_returns(data)
+
+
+def forget_returns(data):
+    """Forget the returns of AntMaze's and the kitchen's data, which pay at every step what `make_env` pays once."""
+    if data.name.removeprefix("D4RL/").startswith(("antmaze", "kitchen")):
+        data.episode_returns = np.zeros(0)
     return data
 
 
@@ -2388,11 +2398,12 @@ class Terminal:
         self.counted, self.rate = 0, math.nan  # updates; how many a second in the first hundred
         self.evaluation_seconds = self.printed = self.refreshed = 0.0
         args, data = run.args, run.data
-        mean = f", mean return {np.mean(data.episode_returns):.1f}" if len(data.episode_returns) else ""
+        returns = data.episode_returns
+        mean = f", {len(returns):,} episodes, mean return {np.mean(returns):.1f}" if len(returns) else ""
         limit = run.envs and run.envs[0].assumed_limit
         for name, text in dict(
             algorithm=ast.get_docstring(ast.parse(run.code[run.script.name])).split("\n")[0],
-            data=f"{args.env}: {len(data):,} rows, {len(data.episode_returns):,} episodes{mean}",
+            data=f"{args.env}: {len(data):,} rows{mean}",
             episodes=limit and f"at most {limit:,} steps (--max-episode-steps), as {args.env} has no time limit",
             device=f"{args.device}, {device_name(args.device)}",
             phases=", ".join(f"{phase} {steps:,} updates" for phase, steps in run.phases.items() if steps),

@@ -55,7 +55,8 @@ chain. (Exact at t = 0 only: what it samples is greedier than pi*, see tests/ben
     20,000 updates, decay over 2,000,000
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
+`Batch`, and `obs_dim`, `action_dim`, `max_action`; for `prepare` the same fields of all rows in order, `name` and
+`need_order`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
 """
 
 import copy

@@ -18,8 +18,8 @@ one-step policy pi, says how far that action is from the data, and so draws a tr
     actor      L_pi  = alpha L_TR - E min(Q1, Q2)(s, a_pi) - w_nll E log pi(a | s)         Eq. 5  actor_step
     ablation   L_KL  = KL(pi || mu), from a second diffusion model of pi's own actions     Eq. 8  kl_loss
 
-    Algorithm 1  50,000 times: behaviour, critic and value                                 pretrain
-                 then: critic and value, behaviour, actor, target critic                   update
+    App. D       50,000 times: behaviour, critic and value                                 pretrain
+    Algorithm 1  then: critic and value, behaviour, actor, target critic                   update
     App. B       sigma; c_skip, c_out, c_in, c_noise; w = 1 / c_out^2                      sample_sigma, denoise
     App. C       Algorithm 2: the ablation                                                 DTQLKL
     App. D       to act: 1024 actions of pi, one with probability softmax(target Q)        act
@@ -105,7 +105,7 @@ class Args(RunArgs):
     hidden: int = 256  # Width of critics and actor
     behavior_hidden: int = 256  # Width of the diffusion networks
     time_dim: int = 16  # Size of the noise-level embedding
-    candidates: int = 1024  # Actions to choose from when acting (N in Sec. 4)
+    candidates: int = 1024  # Actions to choose from when acting (N in App. D)
     eval_select: Literal["softmax", "argmax"] = "softmax"  # Choice among candidates by their target Q
     reward_offset: float = 0.0  # Added to every reward (AntMaze: -1, unless rewards are 0 and -1 already)
 

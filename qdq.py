@@ -2,7 +2,7 @@
 
 Jing Zhang, Linjiajie Fang, Kexin Shi, Wenjia Wang, Bing-Yi Jing: "Q-Distribution Guided Q-Learning for Offline
 Reinforcement Learning: Uncertainty Penalized Q-Value via Consistency Model", NeurIPS 2024, arXiv:2410.20312.
-Official code (JAX): github.com/evalarzj/qdq, commit f083a57.
+Official code (JAX): github.com/evalarzj/qdq, commit f083a57 (score and consistency model: 57a2b12, where they run).
 
     python qdq.py                              # built-in HalfCheetah data, minutes on a CPU core
     python qdq.py --env hopper-medium-v2       # the paper's run, all three phases
@@ -64,8 +64,8 @@ more for actions far from the data (but see difference 13). Where they spread mo
 14. C: actions in [-1, 1]                                   mean, spread and noise of the policy scale with max_action
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, the same fields of all rows in order, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`,
-`capture`, `Metrics`; see tests/lifted.
+`Batch`, the same fields of all rows in order, `episode`, `name` and `need_order`, for returns, and `obs_dim`,
+`action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
 """
 
 import copy
@@ -586,6 +586,7 @@ def return_dataset(data, gamma, window, stride):
     """D_Q: rows (s, a, x) [n, S + A + 1], x the truncated return scaled to [-1, 1], and (Qmin, Qmax) [2]."""
     data.need_order("returns")
     jump = (data.obs[1:] - data.next_obs[:-1]).norm(dim=1) > 1e-6  # a time limit or a reset
+    jump |= data.episode.diff() > 0  # where resets look alike
     end = torch.cat([jump | (data.terminal[:-1] > 0), torch.tensor([True])])
     start, value = truncated_returns(data.reward.double(), end, gamma, window, stride)
     q_min, q_max = value.min(), value.max()

@@ -40,7 +40,7 @@ their centre are averaged unless Q decides. omega = alpha / sigma, or a small fi
  5. P: does not say which critics are read                  V: minimum of the targets; policy: mean of the targets
  6. P: V, then Q; no terminal in Eq. 12                     together, V(s') from before V's update;
                                                             r + gamma (1 - terminal) V(s')
- 7. P: t from [0, 1)                                        behaviour model: [0.001, 1); policy: [0.02, 0.98)
+ 7. P: the behaviour model's t from [0, 1)                  [0.001, 1); the policy's as in P, [0.02, 0.98)
  8. C: the policy's learning rate is a cosine to zero       --no-lr-decay
  9. C: AdamW's default decay, 0.01, of the behaviour model  --weight-decay. Without C's unused layer in each block
 10. C: locomotion's rewards by 1000 / (range of returns),   --scale-rewards; AntMaze: r - 1, --reward-offset
@@ -52,9 +52,11 @@ their centre are averaged unless Q decides. omega = alpha / sigma, or a small fi
 13. C: every evaluation starts from seeds 1001 to 1020      from seeds that belong to the run's seed
 14. P: 2-D examples with known Q and no policy network      tests/benchmarks/claim_srpo.py; here a scene is data as any
                                                             other, with a learned Q
+15. P: IDQL's network, but for continuous time              C's: fixed Fourier features, PyTorch's start, no average
 
 To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
+`Batch`, and `obs_dim`, `action_dim`, `max_action`; for `scale_rewards` the same fields of all rows in order, `name` and
+`need_order`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
 """
 
 import copy

@@ -71,7 +71,7 @@ def by_loop(raw):
 def test_rule_equals_plain_loop(tmp_path, seed):
     rng = np.random.default_rng(seed)
     raw = arrays(n=int(rng.integers(20, 300)), limit=int(rng.integers(2, 20)), seed=seed, terminal_rate=rng.random())
-    data = common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", raw))
+    data = common.load_dataset(HOPPER, write(tmp_path / "hopper_medium-v2.hdf5", raw))
     np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
 
 
@@ -81,11 +81,25 @@ def test_row_counts(tmp_path, n, limit, expected):
     assert len(common.load_dataset(HOPPER, write(tmp_path / "x.hdf5", raw))) == expected
 
 
-def test_last_row_is_dropped_even_if_terminal(tmp_path):
+@pytest.mark.parametrize("name, kept", [("hopper_medium-v2.hdf5", 9), ("mine.hdf5", 10)])
+def test_a_last_row_that_is_terminal(tmp_path, name, kept):
+    """D4RL's rule drops it; of a user's file it may be the only reward, and it needs no successor."""
     raw = arrays(n=10, limit=100, terminal_rate=0.0)
     raw["terminals"][9] = True
-    data = common.load_dataset(HOPPER, write(tmp_path / "x.npz", raw))
-    assert len(data) == 9 and data.terminal.sum() == 0 and len(data.episode_returns) == 1
+    data = common.load_dataset(HOPPER, write(tmp_path / name, raw))
+    assert len(data) == kept and data.terminal.sum() == kept - 9 and len(data.episode_returns) == 1
+    np.testing.assert_array_equal(data.reward, raw["rewards"][:kept])
+    raw["timeouts"][9] = True  # a time limit as well: the episode was cut
+    assert len(common.load_dataset(HOPPER, write(tmp_path / name, raw))) == 9
+
+
+@pytest.mark.parametrize("env", ["antmaze-umaze-v2", "kitchen-mixed-v0"])
+def test_returns_that_are_no_successes_are_not_shown(tmp_path, env):
+    """The data of these tasks pay at every step what their environment pays once."""
+    width, sizes = (9, (60, 9)) if env.startswith("kitchen") else (8, (29, 8))
+    raw = arrays(n=50, limit=10, obs_dim=sizes[0], action_dim=width, terminal_rate=0.0)
+    data = common.load_dataset(env, write(tmp_path / "x.hdf5", raw), judge=False)
+    assert len(data) == 45 and len(data.episode_returns) == 0
 
 
 def test_boundaries(tmp_path):
@@ -387,7 +401,7 @@ def test_masks(tmp_path, capsys, kind):
     for given in (layout, without(layout, "next_observations")):
         data = load(tmp_path, given)
         assert "3 of them without an end of the task (masks = 0: 2 rows)" in capsys.readouterr().out
-        assert data.terminal.nonzero().flatten().tolist() == [10] and len(data) == 130 - 3 - 1
+        assert data.terminal.nonzero().flatten().tolist() == [10, 126] and len(data) == 130 - 3
         check_transitions(data, raw | dict(terminals=over))
     shuffle = np.random.default_rng(0).permutation(130)
     data = load(tmp_path, {key: value[shuffle] for key, value in layout.items()})

@@ -14,6 +14,8 @@ FOLDER = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 import grid  # noqa: E402
 
+import common  # noqa: E402
+
 JOB = grid.Job("script", "D4RL/door/human-v2", (0, 1))
 # Stands in for a script: counts its starts, and behaves as its --mode asks.
 SCRIPT = """
@@ -54,7 +56,7 @@ def test_jobs_cover_the_grid_once():
     assert len(jobs) == len(set(jobs)) == 2 * 10 * 3
     assert {seed for job in jobs for seed in job.seeds} == set(range(5))
     assert jobs[0].seeds == (0, 1) and jobs[-1].seeds == (4,)
-    assert ("srpo", "walker2d-medium-expert-v2", (2, 3)) in jobs
+    assert grid.Job("srpo", "walker2d-medium-expert-v2", (2, 3)) in jobs
 
 
 def test_shares_are_equal_and_disjoint():
@@ -106,7 +108,7 @@ def test_no_second_script_while_an_orphan_runs(run, tmp_path):
 def test_table(tmp_path):
     jobs = grid.all_jobs(["dtql"], ["hopper-medium-v2", "pendulum-demo-medium", "pen-human-v1"], 3, 1)
     for job in jobs:
-        if job.env == "pen-human-v1" or job == ("dtql", "pendulum-demo-medium", (2,)):
+        if job.env == "pen-human-v1" or job == grid.Job("dtql", "pendulum-demo-medium", (2,)):
             continue
         (path,) = job.summaries(tmp_path)
         path.parent.mkdir(parents=True)
@@ -130,6 +132,31 @@ def test_other_flags_need_another_folder(tmp_path):
     (tmp_path / "dtql").mkdir()
     with pytest.raises(SystemExit, match="dtql with the flags --steps 10"):
         grid.keep_flags(tmp_path, ["dtql"], ["--steps", "20"])
+    (tmp_path / "dac").mkdir()  # by hand, perhaps with other settings
+    with pytest.raises(SystemExit, match="dac with flags of their own"):
+        grid.keep_flags(tmp_path, ["dac"], [])
+
+
+@pytest.mark.parametrize(
+    "env, flags",
+    [
+        ("Hopper-v4", "--tau 1 --data-path a/my.data.hdf5"),
+        ("my_module:Env-v0", "--data_path=my.npz"),
+        ("D4RL/x/y-v0", ""),
+    ],
+)
+def test_jobs_look_where_the_scripts_write(env, flags):
+    flags = flags.split()
+    (job,) = grid.all_jobs(["dtql"], [env], 1, 1, grid.data_of(flags))
+    path = flags[-1].split("=")[-1] if flags else None
+    (folder,) = common.new_folders(common.RunArgs(env=env, data_path=path, out="o"), Path("dtql.py")).values()
+    assert job.summaries("o") == [folder / "summary.json"]
+
+
+@pytest.mark.parametrize("visible, expected", [("", []), ("1,3", ["1", "3"]), ("-1", ["-1"])])
+def test_hidden_gpus_stay_hidden(monkeypatch, visible, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert grid.local_gpus() == expected
 
 
 def test_without_dask_one_sentence(tmp_path):

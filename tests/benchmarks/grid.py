@@ -43,13 +43,14 @@ class Job(NamedTuple):
     script: str
     env: str
     seeds: tuple[int, ...]
+    data: str = ""  # what --data-path adds to the name of the folder
 
     def __str__(self):
         return f"{self.script} {self.env} seed {' '.join(map(str, self.seeds))}"
 
     def summaries(self, out):
         """The files that a finished run leaves, one for each seed."""
-        folder = Path(out) / self.script / self.env.replace("/", "-")
+        folder = Path(out) / self.script / (re.sub("[/:]", "-", self.env) + self.data)
         return [folder / f"seed{seed}" / "summary.json" for seed in self.seeds]
 
     def done(self, out):
@@ -59,11 +60,18 @@ class Job(NamedTuple):
         return Path(out) / "logs" / f"{self}.{kind}".replace("/", "-").replace(" ", "_")
 
 
-def all_jobs(scripts, envs, seeds, seeds_per_run):
+def data_of(flags):
+    """What --data-path adds to the names of run folders (`new_folders` in common.py)."""
+    words = [word for flag in flags for word in flag.split("=", 1)]
+    paths = [path for name, path in zip(words, words[1:]) if name in ("--data-path", "--data_path")]
+    return f"@{Path(paths[-1]).stem}" if paths else ""
+
+
+def all_jobs(scripts, envs, seeds, seeds_per_run, data=""):
     """Every script on every dataset; low seeds first, so that the table fills evenly."""
     envs = [env for name in envs for env in GROUPS.get(name, [name])]
     groups = [tuple(range(first, min(first + seeds_per_run, seeds))) for first in range(0, seeds, seeds_per_run)]
-    return [Job(script, env, group) for group in groups for env in envs for script in scripts]
+    return [Job(script, env, group, data) for group in groups for env in envs for script in scripts]
 
 
 def share(slot, workers, cores, gpus):
@@ -149,7 +157,9 @@ def open_pool(pool, jobs, slurm):
 def local_gpus():
     """CUDA's numbers of this machine's GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else list(range(len(glob.glob("/dev/nvidia[0-9]*"))))
+    if visible is not None:  # empty: none
+        return [name for name in visible.split(",") if name]
+    return list(range(len(glob.glob("/dev/nvidia[0-9]*"))))
 
 
 def run_all(jobs, out, flags, pool, slurm):
@@ -214,9 +224,9 @@ def keep_flags(out, scripts, flags):
     path = Path(out) / "flags.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     for script in scripts:
-        if known.get(script, flags) != flags and (Path(out) / script).exists():
-            earlier = " ".join(known[script]) or "(none)"
-            sys.exit(f"error: {out} holds runs of {script} with the flags {earlier}: use another --out")
+        if known.get(script) != flags and (Path(out) / script).exists():
+            earlier = f"the flags {' '.join(known[script]) or '(none)'}" if script in known else "flags of their own"
+            sys.exit(f"error: {out} holds runs of {script} with {earlier}: use another --out")
         known[script] = flags
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known, indent=2))
@@ -238,7 +248,7 @@ def main():
     parser.add_argument("--sbatch", action="append", default=[], help="slurm: one more flag of sbatch")
     parser.add_argument("--time", default="24:00:00", help="slurm: time limit of a worker, not of a run (24:00:00)")
     parser.add_argument("--memory", default="16GB", help="slurm: memory of a worker (16GB)")
-    parser.add_argument("--out", default="runs", help="folder for run folders (runs)")
+    parser.add_argument("--out", default="runs/grid", help="folder for run folders (runs/grid)")
     args = parser.parse_args(own)
     if not re.fullmatch(r"[1-9]\d*|slurm:[1-9]\d*|\w+://.+:\d+", args.pool):
         parser.error(f"--pool takes a number, slurm:N or tcp://host:port, found {args.pool}")
@@ -247,7 +257,7 @@ def main():
 
     out = Path(args.out).resolve()
     keep_flags(out, args.scripts, flags)
-    jobs = all_jobs(args.scripts, args.envs, args.seeds, args.seeds_per_run)
+    jobs = all_jobs(args.scripts, args.envs, args.seeds, args.seeds_per_run, data_of(flags))
     missing = [job for job in jobs if not job.done(out)]
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them done before", flush=True)
     failed = {}
