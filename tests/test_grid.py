@@ -156,6 +156,7 @@ def test_jobs_look_where_the_scripts_write(env, flags):
 @pytest.mark.parametrize("visible, expected", [("", []), ("1,3", ["1", "3"]), ("-1", ["-1"])])
 def test_hidden_gpus_stay_hidden(monkeypatch, visible, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(grid.glob, "glob", lambda _: ["/dev/nvidia0", "/dev/nvidia1"])
     assert grid.local_gpus() == expected
 
 
