@@ -680,7 +680,7 @@ def check(args, given):
     if args.rebrac:
         if args.w_s and "w_s" in given:
             raise UserError("ReBRAC as its authors run it has raw states and no BDM: --w-s takes --no-rebrac with it")
-        useless(given, ["corrected"], "with --rebrac" + ", set for these data" * ("rebrac" not in given))
+        useless(given, ["corrected"], "with --rebrac" + ", set for these data (--no-rebrac)" * ("rebrac" not in given))
         if not args.evaluate:
             print("note: ReBRAC as its authors run it, without a BDM")
     if args.sbc_only:
