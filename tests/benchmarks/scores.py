@@ -3,6 +3,7 @@
     python tests/benchmarks/scores.py DATA                          # half an hour of one CPU core for each run
     python tests/benchmarks/scores.py DATA --methods bc rebrac --sets hopper-medium-v2 --seeds 1 --jobs 1
     python tests/benchmarks/scores.py DATA --rows medium-expert     # with the papers' rows for another kind of data
+    python tests/benchmarks/scores.py DATA --methods qdq --change "--bc-coef 2"   # one thing changed, to find a cause
     python tests/benchmarks/scores.py DATA --full                   # the papers' sizes and lengths, for a GPU
     python tests/benchmarks/scores.py --table                       # no training: tables and picture of what is there
 
@@ -17,6 +18,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -65,28 +67,34 @@ def settings_of(env, rows):
     return env if rows is None else f"{env.split('-')[0]}-{rows}-v2"
 
 
-def kept(method, env, rows, seed):
+def kept(method, env, rows, seed, change=""):
     """The file that holds the result of a run."""
-    return KEPT / f"{method}-{Path(SETS[env]).stem}{f'-as-{rows}' if rows else ''}-seed{seed}.json"
+    return KEPT / f"{method}-{Path(SETS[env]).stem}{f'-as-{rows}' if rows else ''}{short(change)}-seed{seed}.json"
+
+
+def short(change):
+    """The flags of --change as part of a file's name."""
+    return re.sub(r"[^\w.]+", "-", f" {change}".rstrip())
 
 
 def train(args, method, env, seed):
     """One run from its start or its last checkpoint, then its result."""
-    result = kept(method, env, args.rows, seed)
+    result = kept(method, env, args.rows, seed, args.change)
     if result.exists() and not args.full:
         return
     script, flags = METHODS[method]
-    row = settings_of(env, args.rows)
+    row, out = settings_of(env, args.rows), args.out / f"{method}{short(args.change)}"
     command = [sys.executable, str(ROOT / f"{script}.py"), "--env", row, "--data-path", str(args.data / SETS[env])]
-    command += [*flags.split(), "--seed", str(seed), "--out", str(args.out / method), "--resume"]
+    command += [*flags.split(), "--seed", str(seed), "--out", str(out), "--resume"]
     if not args.full:
-        steps = int(LONG[method].split()[1])
+        steps = int(re.findall(r"--steps (\d+)", f"{LONG[method]} {args.change}")[-1])
         command += f"{SCALE} {LONG[method]} --eval-every {steps // 20} --eval-episodes 10".split()
         models = args.out / method / script / f"{env}@{Path(SETS[env]).stem}"  # SRPO's: the rows differ in beta alone
         if method == "srpo" and args.rows and (models / f"seed{seed}").exists():
             command += ["--reuse", str(models)]
-    run = args.out / method / script / f"{row}@{Path(SETS[env]).stem}" / f"seed{seed}"
-    cost = args.out / f"{method}-{row}-{Path(SETS[env]).stem}-{seed}.seconds"  # of CPU time, over all parts of a run
+    command += args.change.split()
+    run = out / script / f"{row}@{Path(SETS[env]).stem}" / f"seed{seed}"
+    cost = args.out / f"{out.name}-{row}-{Path(SETS[env]).stem}-{seed}.seconds"  # of CPU time, over all parts of a run
     with open(cost.with_suffix(".log"), "a") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
         _, status, used = os.wait4(child.pid, 0)
@@ -242,6 +250,7 @@ def main():
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET", help="(all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (3)")
     parser.add_argument("--rows", help="kind of data whose rows of the papers' tables are taken: medium-expert")
+    parser.add_argument("--change", default="", help="flags put last, in quotes; the result stands in no table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (one per core)")
     parser.add_argument("--full", action="store_true", help="the papers' sizes and lengths")
     parser.add_argument("--table", action="store_true", help="no training")
