@@ -109,6 +109,7 @@ def train(args, method, env, seed):
         behavior = float(score(env, data.episode_returns).mean())
         known = dict(method=method, rows=args.rows, data_score=behavior, curve=curve) | causes(script, run, data)
         known |= dict(cpu_minutes=seconds / 60, processor=processor(), command=" ".join(command[1:]))
+        known |= dict(git=json.loads((run / "args.json").read_text())["git"])  # the commit
         known["command"] = known["command"].replace(f"{ROOT}/", "").replace(f"{args.data}/", "DATA/")
         summary = json.loads((run / "summary.json").read_text()) | dict(data_path=SETS[env], env=env)
         KEPT.mkdir(parents=True, exist_ok=True)
