@@ -907,6 +907,42 @@ def test_several_seeds_write_their_folders_and_a_summary(tmp_path, capsys):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_last_and_last_five_and_best(tmp_path, capsys, monkeypatch):
+    """Of seven evaluations of two seeds, two episodes each: in summary.json, metrics.csv and the closing lines."""
+    found = {0: [1, 900, 3, 4, 5, 6, 70], 1: [2, 800, 8, 8, 8, 8, 50]}  # mean of the last five: 17.6, 16.4
+    means = iter(value for both in zip(*found.values()) for value in both)
+    monkeypatch.setattr(common, "evaluate", lambda *_: next(means) + np.array([-2.0, 2.0]))
+    run, learners = make_run(tmp_path, env="hopper-medium-v2", seed=(0, 1), steps=70, eval_every=10, eval_episodes=2)
+    run.published, run.protocol = 99.6, "last of 5 seeds"
+    train(run, learners, 70, evaluate=True)
+    run.finish()
+    score = lambda value: pytest.approx(100 * (value + 20.272305) / (3234.3 + 20.272305))  # D4RL's, for Hopper
+    five = {0: 17.6, 1: 16.4}
+    for seed, folder in enumerate(run.folders):
+        summary = json.loads((folder / "summary.json").read_text())
+        last, best = found[seed][-1], max(found[seed])
+        assert summary["return"] == dict(last=last, last_five=pytest.approx(five[seed]), best=best)
+        assert summary["score"] == dict(last=score(last), last_five=score(five[seed]), best=score(best))
+        assert (summary["evaluations"], summary["episodes"], summary["seed"]) == (7, 2, seed)
+        assert (summary["paper_score"], summary["protocol"], summary["steps"]) == (99.6, "last of 5 seeds", 70)
+        rows = common.read_csv(folder / "metrics.csv")
+        assert [row["return"] for row in rows] == found[seed] and rows[0]["return_std"] == 2
+        assert rows[1]["score"] == score(found[seed][1])
+        assert rows[1]["score_std"] == pytest.approx(200 / (3234.3 + 20.272305))
+        seconds = [row["seconds"] for row in rows]
+        assert seconds == sorted(seconds) and 0 <= seconds[0] and seconds[-1] <= summary["seconds"] + 0.1
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "last        return 60.0 ± 14.1 over 2 seeds (70.0, 50.0)",
+        "last five   return 17.0 ± 0.8 over 2 seeds (17.6, 16.4)",
+        "best        return 850.0 ± 70.7 over 2 seeds (900.0, 800.0)",
+        "last five   D4RL score 1.1 ± 0.0 over 2 seeds (1.2, 1.1)",
+        "data        return -2.0 on average over 2 episodes, best -1.0",
+        "paper       score 99.6 (last of 5 seeds)",
+    ):
+        assert line in lines
+
+
 def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     """One W&B run per seed over any number of resumes; W&B's own environment variables choose where it goes."""
     started, logged = [], []
