@@ -925,6 +925,7 @@ def test_last_and_last_five_and_best(tmp_path, capsys, monkeypatch):
         assert summary["score"] == dict(last=score(last), last_five=score(five[seed]), best=score(best))
         assert (summary["evaluations"], summary["episodes"], summary["seed"]) == (7, 2, seed)
         assert (summary["paper_score"], summary["protocol"], summary["steps"]) == (99.6, "last of 5 seeds", 70)
+        assert (summary["script"], summary["env"], summary["data_path"]) == ("test_runs.py", "hopper-medium-v2", None)
         rows = common.read_csv(folder / "metrics.csv")
         assert [row["return"] for row in rows] == found[seed] and rows[0]["return_std"] == 2
         assert rows[1]["score"] == score(found[seed][1])
