@@ -363,12 +363,20 @@ def test_next_observations_of_another_scale(tmp_path, capsys, scale):
     assert ("are both scaled alike?" in capsys.readouterr().err) == (scale is not None)
 
 
-@pytest.mark.parametrize("odd", ["float16", "noise", "no mark at all", "blocks"])
+@pytest.mark.parametrize("odd", ["float16", "float16 with holes", "noise", "no mark at all", "blocks", "12,000 rows"])
 def test_time_order_is_recognised(tmp_path, capsys, odd):
     raw = episodes(terminals=(1, 3))
     given = dict(raw)
-    if odd == "float16":
+    if odd.startswith("float16"):
         given["observations"] = raw["observations"].astype(np.float16)
+    if odd == "float16 with holes":  # the other way round: next_observations are the rounded ones
+        end = (raw["terminals"] | raw["timeouts"])[:, None]
+        given["observations"], given["next_observations"] = (
+            raw["observations"],
+            np.where(end, np.nan, raw["next_observations"].astype(np.float16)),
+        )
+    if odd == "12,000 rows":  # of which a part is enough to judge by
+        raw = given = {key: np.concatenate([value] * 93)[:12_000] for key, value in raw.items()}
     if odd == "noise":
         given["next_observations"] = raw["next_observations"] + np.float32(1e-6)
     if odd == "blocks":
@@ -379,7 +387,7 @@ def test_time_order_is_recognised(tmp_path, capsys, odd):
         given |= {key: given[key].astype(bool) for key in ("terminals", "timeouts")}
     data = load(tmp_path, given)
     assert capsys.readouterr().out == "" and data.episode is not None
-    if odd != "float16":
+    if not odd.startswith("float16"):
         check_transitions(data, raw)
 
 
@@ -494,9 +502,10 @@ def test_pixels_and_flat_shapes(tmp_path):
     plain = load(tmp_path, raw)
     odd = dict(observations=raw["observations"][:, None], actions=raw["actions"][:, 0])  # [N, 1, 3] and [N]
     assert torch.equal(load(tmp_path, raw | odd).rows, plain.rows)
-    raw["observations"] = np.zeros((130, 8, 8, 3), np.uint8)
-    with pytest.raises(common.UserError, match=r"observations are images, \[130, 8, 8, 3\]; the networks here take"):
-        load(tmp_path, raw)
+    for shape, text in [((130, 8, 8, 3), r"\[130, 8, 8, 3\]"), ((130, 8, 8), r"\[130, 8, 8\]")]:
+        raw["observations"] = np.zeros(shape, np.uint8)
+        with pytest.raises(common.UserError, match=f"observations are images, {text}; the networks here take"):
+            load(tmp_path, raw)
 
 
 # Files that cannot be read
