@@ -608,6 +608,7 @@ def test_resume_without_a_folder(tmp_path, monkeypatch, capsys):
         parsed(monkeypatch, *flags, "--lr", "3")
     with pytest.raises(UserError, match="no run of seed 2"):
         parsed(monkeypatch, *flags, "--seed", "1", "2")
+    assert parsed(monkeypatch, "--out", tmp_path, "--lr", "0.5", "--resume").seed == (0,)  # the default, not all there
 
 
 def test_resume_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
