@@ -519,7 +519,7 @@ def draw_plane(learner, data, path):
     grid = torch.cartesian_prod(side, side)
     obs = torch.zeros(len(grid), 1, device=device)
     with torch.no_grad():
-        density = torch.exp(-learner.behavior.nll(obs, grid)).view(200, 200).T.cpu()
+        density = torch.exp(-learner.behavior.nll(obs, grid)).view(200, 200).T.cpu().numpy()
         best = grid[learner.critic(obs, grid).amin(0).argmax()].cpu()
         action = learner.actor(obs[:1])[0].cpu()
 
