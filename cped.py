@@ -60,8 +60,9 @@ in all. Eq. 5 (Prop. 3.1: Eq. 4 as inverse RL) only argues.
 15. C: AntMaze-large: notes say 400,000 or 500,000 updates  400,000. An earlier code (rl-study-group/rl_study_cped) has
     of phase 1, and type 300,000                            other schedules and two couplings: not followed
 
-To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
+To lift this file out: bring `RunArgs`, `Metrics` and your data: `sample(batch_size, generator)` gives obs, action,
+reward, next_obs and terminal; `obs_dim`, `action_dim`, `max_action`. Write your own loop in place of `main`; see
+tests/lifted.
 """
 
 import copy

@@ -22,8 +22,8 @@ chain. (Exact at t = 0 only: what it samples is greedier than pi*, see tests/ben
                Q_LCB = mean_h Q_h - rho std_h Q_h, of the target critics, h = 1..H                      lcb_target
 
     Algorithm 1  lines 3, 12, 13: update;  4 to 7: critic_step (4: denoise);  8 to 11: actor_step
-    ablations    "hard" guidance, g without w_t, which weakens "soft" guidance as the noise shrinks; "denoised", grad Q
-                 at the end of the denoising chain and through it
+    ablations    "hard" guidance: g without the w_t that weakens "soft" guidance as the noise shrinks; "denoised":
+                 grad Q at the end of the denoising chain and through it
     to act       10 actions denoised, the one with the largest mean target Q                            act
 
     The paper (P) or its code (C)                           This file, which follows C where nothing else is said
@@ -41,8 +41,8 @@ chain. (Exact at t = 0 only: what it samples is greedier than pi*, see tests/ben
                                                             --next-samples, --max-q-backup
  7. P: E |Q| over the data                                  over the minibatch; g sees the mean of the target critics,
                                                             without pessimism
- 8. C: the sampler's noise has variance beta_t, not the     the same, --no-clip-denoised. With T = 5 a spread of 0.2
-    posterior's, and x_0 is cut to the action box           in the data becomes 0.114
+ 8. C: the sampler's noise has variance 1 - alpha_t, not    the same, --no-clip-denoised. With T = 5 a spread of 0.2
+    the posterior's; x_0 is cut to the action box           in the data becomes 0.114
  9. P: neither gradient clipping nor decay                  norm 1 for each net, all critics together; both rates fall
                                                             to zero along a cosine: --lr-decay-steps
 10. C: from 2024-05-28 to 06-02 rho was divided by          the table is that of the last commit: --rho, --critic-lr
@@ -54,9 +54,9 @@ chain. (Exact at t = 0 only: what it samples is greedier than pi*, see tests/ben
     circles 400) with new reward noise at each visit;       and one a', because every row is terminal
     20,000 updates, decay over 2,000,000
 
-To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, and `obs_dim`, `action_dim`, `max_action`; for `prepare` the same fields of all rows in order, `name` and
-`need_order`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
+To lift this file out: bring `RunArgs`, `Metrics` and your data: `sample(batch_size, generator)` gives obs, action,
+reward, next_obs and terminal; `obs_dim`, `action_dim`, `max_action`; for `prepare` these columns of all rows in
+order, `name` and `need_order`. Write your own loop in place of `main`; see tests/lifted.
 """
 
 import copy
@@ -117,7 +117,7 @@ class Args(RunArgs):
 
 MAZE = dict(eta=0.1, eta_lr=0.0, max_q_backup=True)  # one fixed eta, so b has no role
 PAPER = {  # runs.sh of the official code: b, rho (what is not named is the same everywhere); the paper's table: score
-    # b = 1 is the loss of a net that predicts no noise at all: eta falls to its floor, and Q leads alone
+    # b = 1 is the loss of a net that predicts no noise at all: eta falls to 0.02 or less, and Q all but decides
     "halfcheetah-medium-v2": dict(bc_threshold=1.0, rho=0.0, paper_score=59.1),
     "halfcheetah-medium-replay-v2": dict(bc_threshold=1.0, rho=0.0, paper_score=55.0),
     "halfcheetah-medium-expert-v2": dict(bc_threshold=0.1, rho=0.0, paper_score=99.1),
@@ -226,7 +226,7 @@ def noise_schedule(steps):
 
 
 def denoise(net, obs, action_dim, steps, generator, clip=None):
-    """One action for each row of obs [B, S] by `steps` denoising steps, each with noise of variance beta_t: [B, A].
+    """An action for each row of obs [B, S] by `steps` denoising steps, with noise of variance 1 - alpha_t each: [B, A].
 
     clip: largest absolute action, to which each prediction of x_0 is cut, or None.
     """

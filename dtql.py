@@ -24,17 +24,17 @@ one-step policy pi, says how far that action is from the data, and so draws a tr
     App. C       Algorithm 2: the ablation                                                 DTQLKL
     App. D       to act: 1024 actions of pi, one with probability softmax(target Q)        act
 
-Eq. 1 is Eq. 2 without states, 10 is Eq. 4 in terms of noise and 11 its gradient, 12 is Eq. 8; 3 (the bound that L_TR
-maximises) and 9 (SDS, not used) only argue.
+Eq. 1 is Eq. 2 without states, 10 is Eq. 4 in terms of noise and 11 its gradient, 12 is Eq. 8; 3 (the bound that a small
+L_TR raises) and 9 (SDS, not used) only argue.
 
     The paper (P) or its code (C)                           This file, which follows C where nothing else is said
- 1. P: Eq. 2 and 4 sum over action dimensions               the mean; Table 4's alpha belongs to it (for the sum: divide
-                                                            alpha by the number of dimensions)
+ 1. P: Eq. 2 and 4 sum over action dimensions               the mean, to which Table 4's alpha belongs (P's sum:
+                                                            --alpha times the number of dimensions)
  2. C: denoised actions clamped to the action box, except   --no-clip-denoised
     in bandits
  3. P: c_in = 1 / (sigma^2 + sigma_data^2), noise a + n     1 / sqrt(.) and a + sigma n, as in EDM
  4. P: Eq. 7 has gamma r and no terminal                    r + gamma (1 - terminal) V(s')
- 5. P: Table 4 has one learning rate for each dataset       the critic's is 3e-4 everywhere: --critic-lr
+ 5. P: Table 4 has one learning rate for each dataset       the critic's is 3e-4 on all of them: --critic-lr
  6. P: log pi(a | s)                                        of atanh(a / 1.001), without the tanh's Jacobian, which
                                                             theta cannot change
  7. P: does not say which critics are read                  V and actor: online; the choice of 1024: target, which rests
@@ -49,15 +49,16 @@ maximises) and 9 (SDS, not used) only argue.
 12. P: Alg. 2 freezes mu and has no Q                       mu trains on, Q is maximised; the generator is the raw net
                                                             at noise level 2.5, actions unbounded. Not as in C: |a - mu|
                                                             in the weight is kept above 1e-8
-13. C: bandits take all 10,000 points as one batch, 256     512 drawn, 64 wide (--batch-size 10000 --hidden 256); alpha
-    wide, and weigh Q by 5 in swissroll-far                 is 0.2 there. Three of P's five pictures of the trust region
-                                                            are of seed 2
+13. C: bandits take all 10,000 points as one batch, 256     512 drawn, 64 wide (--batch-size 10000 --hidden 256); in
+    wide, and weigh Q by 5 in swissroll-far                 swissroll-far alpha is 0.2. Three of P's five pictures of
+                                                            the trust region are of seed 2
 14. P: Sec. 4.3: EDM breaks the condition of Theorem 1      App. B's sigma (not EDM's log-normal one) meets it: L_TR =
                                                             -(2 / A) E log p(a + sigma n) + const, p the noised data,
-                                                            A the number of action dimensions
+                                                            A action dimensions, for an exact mu, unclamped
 
-To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, and `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
+To lift this file out: bring `RunArgs`, `Metrics` and your data: `sample(batch_size, generator)` gives obs, action,
+reward, next_obs and terminal; `obs_dim`, `action_dim`, `max_action`. Write your own loop in place of `main`; see
+tests/lifted.
 """
 
 import copy
@@ -102,8 +103,8 @@ class Args(RunArgs):
     nll_weight: float = 0.0  # w_nll, weight of the likelihood of the data's actions, Sec. 2.4
     behavior_reg: Literal["tr", "kl"] = "tr"  # Trust region (Eq. 4) or Kullback-Leibler divergence (Eq. 8, App. C)
     clip_denoised: bool = True  # Clamp denoised actions to the action box in the diffusion losses
-    hidden: int = 256  # Width of critics and actor
-    behavior_hidden: int = 256  # Width of the diffusion networks
+    hidden: int = 256  # Width of critics and actor (kl: of critics)
+    behavior_hidden: int = 256  # Width of the diffusion networks (kl: also of the actor)
     time_dim: int = 16  # Size of the noise-level embedding
     candidates: int = 1024  # Actions to choose from when acting (N in App. D)
     eval_select: Literal["softmax", "argmax"] = "softmax"  # Choice among candidates by their target Q
@@ -284,7 +285,7 @@ def denoising_loss(net, obs, action, generator, clip=None):
 
 
 def kl_loss(real, fake, obs, action, generator, clip=None):
-    """Eq. 8 as a surrogate: its gradient in `action` is (D_fake - D_real) / |a - D_real|_1 at a shared noisy point."""
+    """Eq. 8 as a surrogate: its gradient in `action` is [(D_fake - D_real) / |a - D_real|_1] / B, at one point."""
     sigma = sample_sigma(len(action), generator)
     noisy = action + sigma * torch.randn(action.shape, device=action.device, generator=generator)
     with torch.no_grad():
@@ -482,7 +483,7 @@ def check(args, given):
     if args.time_dim < 2 or args.time_dim % 2:
         raise UserError(f"--time-dim must be an even number, a sine and a cosine each, found {args.time_dim}")
     if args.candidates == 1:
-        useless(given, ["eval_select"], "with one candidate")
+        useless(given, ["eval_select", "tau"], "with one candidate")  # no choice, so no target critic
     if args.behavior_reg == "kl":
         args.paper_score = KL_SCORES.get(args.env)
         if args.nll_weight:

@@ -27,14 +27,14 @@ climbs Q while the diffusion model's score holds it back; nothing is ever sample
 
 The first two phases know nothing of beta and omega, so that --reuse can take them from an earlier run. With omega =
 sigma^2, the paper's choice, the score term does not seek modes on actions in [-1, 1]: two equal modes up to 1.3 from
-their centre are averaged unless Q decides. omega = alpha / sigma, or a small fixed t, does.
+their centre are averaged unless Q decides. omega = alpha / sigma, or a small fixed t, seeks them.
 
     The paper (P) or its code (C)                           This file, which follows C where nothing else is said
  1. C: n is not subtracted, unlike in P's Eq. 15            subtracted, --no-subtract-baseline: the same expected
-                                                            gradient, hence beta. With small t the baseline adds noise
-                                                            (alpha / sigma, --fixed-t)
- 2. P: AntMaze divides grad_a Q by its norm                 by its root mean square, so that the same beta weighs Q more
-                                                            by the root of the action's dimensions: --q-grad-norm l2
+                                                            gradient, so the same beta. With small t the baseline adds
+                                                            noise (alpha / sigma, --fixed-t)
+ 2. P: AntMaze divides grad_a Q by its norm                 by its root mean square, which weighs Q sqrt(A) times as
+                                                            much, A action dimensions: --q-grad-norm l2
  3. P: that makes 1/beta depend on the state                the score is left alone
  4. P: 1/beta on the score                                  beta on Q: the same direction, and the same to Adam
  5. P: does not say which critics are read                  V: minimum of the targets; policy: mean of the targets
@@ -44,19 +44,20 @@ their centre are averaged unless Q decides. omega = alpha / sigma, or a small fi
  8. C: the policy's learning rate is a cosine to zero       --no-lr-decay
  9. C: AdamW's default decay, 0.01, of the behaviour model  --weight-decay. Without C's unused layer in each block
 10. C: locomotion's rewards by 1000 / (range of returns),   --scale-rewards; AntMaze: r - 1, --reward-offset
-    in windows of 1000 rows that slide across episodes,
-    since time-limit rows are dropped
-11. P: one t (Eq. 10), no longer in C                       --fixed-t 0.02 --weighting alpha/sigma
+    in windows of 1000 rows that drift across episodes,
+    since D4RL's time-limit rows are dropped
+11. P: one t (Eq. 10); it and sigma4 are no longer in C     --fixed-t 0.02 --weighting alpha/sigma
 12. C: batches without replacement; an IQL policy that      neither
     nothing reads
 13. C: every evaluation starts from seeds 1001 to 1020      from seeds that belong to the run's seed
 14. P: 2-D examples with known Q and no policy network      tests/benchmarks/claim_srpo.py; here a scene is data as any
                                                             other, with a learned Q
-15. P: IDQL's network, but for continuous time              C's: fixed Fourier features, PyTorch's start, no average
+15. P: IDQL's network, only with continuous t               C's: fixed Fourier features, PyTorch's initial weights,
+                                                            no moving average
 
-To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, and `obs_dim`, `action_dim`, `max_action`; for `scale_rewards` the same fields of all rows in order, `name` and
-`need_order`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
+To lift this file out: bring `RunArgs`, `Metrics` and your data: `sample(batch_size, generator)` gives obs, action,
+reward, next_obs and terminal; `obs_dim`, `action_dim`, `max_action`; for `scale_rewards` reward and terminal of all
+rows in order, `name` and `need_order`. Write your own loop in place of `main`; see tests/lifted.
 """
 
 import copy
@@ -120,7 +121,7 @@ class Args(RunArgs):
 
 LOCOMOTION = dict(scale_rewards=True, eval_every=20_000, eval_episodes=20)
 MAZE = dict(expectile=0.9, actor_layers=4, q_grad_norm="rms", reward_offset=-1.0, eval_every=20_000, eval_episodes=20)
-PAPER = {  # Table 2: beta; Table 1: score; App. C: the rest
+PAPER = {  # Table 2: beta; Table 1: score; App. C and official code: the rest
     "halfcheetah-medium-v2": dict(beta=0.2, paper_score=60.4, **LOCOMOTION),
     "halfcheetah-medium-replay-v2": dict(beta=0.2, paper_score=51.4, **LOCOMOTION),
     "halfcheetah-medium-expert-v2": dict(beta=0.01, paper_score=92.2, **LOCOMOTION),
@@ -254,7 +255,7 @@ def schedule(t):
     return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
 
-OMEGA = {  # omega(t) in Eq. 14: the paper's choice first, then its ablation (Sec. 6.3)
+OMEGA = {  # omega(t) in Eq. 14: the paper's choice first, then its ablation (Sec. 6.3; sigma4: early code)
     "sigma2": lambda alpha, sigma: sigma**2,
     "one": lambda alpha, sigma: torch.ones_like(sigma),
     "alpha/sigma": lambda alpha, sigma: alpha / sigma,
@@ -297,7 +298,7 @@ def q_gradient(critic, obs, action, norm="none"):
 
 @torch.no_grad()
 def score_gradient(behavior, obs, action, generator, weighting="sigma2", t_range=POLICY_T, subtract_baseline=True):
-    """omega(t) (eps(a_t, t | s) - noise) [B, A]: the way from the data, by the behaviour model's score.
+    """omega(t) (eps(a_t, t | s) - noise) [B, A]: the direction away from the data, by the behaviour model's score.
 
     Its Jacobian is left out, as in score distillation.
     """
@@ -420,7 +421,7 @@ class SRPO:
 def scale_rewards(data, length=1000):
     """Multiply rewards by 1000 / (best - worst window return), in place.
 
-    A window closes at a terminal or after `length` rows. Time-limit rows are not in the data, so that windows slide
+    A window closes at a terminal or after `length` rows. D4RL's time-limit rows are dropped, so that windows drift
     across episodes (difference 10); the unfinished last one does not count.
     """
     data.need_order("returns (or --no-scale-rewards)")
@@ -432,8 +433,8 @@ def scale_rewards(data, length=1000):
             total, rows = 0.0, 0
     if len(returns) < 2 or max(returns) == min(returns):
         raise UserError(
-            f"{data.name}: rewards are scaled by two returns that differ, each up to a terminal or {length} rows, found"
-            f" {len(set(returns))}: --no-scale-rewards does without"
+            f"{data.name}: scaling rewards needs two different returns, each up to a terminal or {length} rows, found"
+            f" {len(set(returns))}: --no-scale-rewards leaves it out"
         )
     data.reward.mul_(1000 / (max(returns) - min(returns)))
 
@@ -458,13 +459,14 @@ def load_models(learners):
 
 def check(args, given):
     at_least(args, 0, "critic_steps", "behavior_steps", "gamma", "tau", "expectile", "dropout", "weight_decay")
-    at_least(args, 0, "critic_lr", "behavior_lr", "actor_lr")
+    at_least(args, 0, "critic_lr", "behavior_lr", "actor_lr", "beta")
     at_least(args, 1, "behavior_batch_size", "hidden", "actor_layers", "behavior_hidden")
     at_most(args, 1, "gamma", "tau", "expectile")
     if not args.dropout < 1:
         raise UserError(f"--dropout must be below 1, found {args.dropout}")
-    if args.fixed_t is not None and not 0 < args.fixed_t <= 1:
-        raise UserError(f"--fixed-t must be above 0 and at most 1, found {args.fixed_t}")
+    if args.fixed_t is not None:  # what the behaviour model learns
+        at_least(args, BEHAVIOR_T[0], "fixed_t")
+        at_most(args, BEHAVIOR_T[1], "fixed_t")
     if args.reuse:
         useless(given, ["critic_steps", "behavior_steps"], "with --reuse")
         apart(args, "reuse")

@@ -315,6 +315,7 @@ def test_unclamped_losses():
         ("--tau 2", "--tau must be at most 1"),
         ("--behavior-reg kl --nll-weight 1", "--nll-weight does nothing with --behavior-reg kl"),
         ("--candidates 1 --eval-select argmax", "--eval-select does nothing with one candidate"),
+        ("--candidates 1 --tau 0.1", "--tau does nothing with one candidate"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags, message, monkeypatch, capsys):

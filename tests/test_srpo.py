@@ -435,8 +435,9 @@ def test_reuse_compares(name, monkeypatch):
         ("--tau 2", "--tau must be at most 1"),
         ("--expectile 7", "--expectile must be at most 1"),
         ("--dropout 1", "--dropout must be below 1"),
-        ("--fixed-t 0", "--fixed-t must be above 0"),
-        ("--fixed-t 2", "--fixed-t must be above 0"),
+        ("--fixed-t 0", "--fixed-t must be at least 0.001"),
+        ("--fixed-t 2", "--fixed-t must be at most 1.0"),
+        ("--beta -1", "--beta must be at least 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags, message, refusal, monkeypatch):
