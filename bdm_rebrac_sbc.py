@@ -6,32 +6,33 @@ Author's code, to which the paper does not link: github.com/schrammlb2/Bellman-D
 
     python bdm_rebrac_sbc.py                                         # built-in HalfCheetah data, minutes on a CPU core
     python bdm_rebrac_sbc.py --env hopper-medium-v2                  # the paper's run: the author's algorithm, whole
-    python bdm_rebrac_sbc.py --env hopper-medium-v2 --corrected      # the same without the slips of his code (below)
+    python bdm_rebrac_sbc.py --env hopper-medium-v2 --corrected      # the same without the slips of the code (below)
     python bdm_rebrac_sbc.py --env hopper-medium-v2 --sbc-only       # imitation: no critics, no rewards (App. C)
     python bdm_rebrac_sbc.py --env hopper-medium-v2 --w-s 0          # without the state term: what BDM adds
     python bdm_rebrac_sbc.py --env hopper-medium-v2 --rebrac         # ReBRAC as its own authors run it
     python bdm_rebrac_sbc.py --env hopper-medium-v2 --bdm-only data  # only the model of the data's future states
 
-A diffusion model eps of the successor state measure d(s_f | s, a), the law of the state at which a policy stops that
-stops after each step with probability 1 - gamma, is learnt by temporal differences. The actor then clones not only the
-data's actions but, through the model, the states that followed in the data.
+A diffusion model eps learns, by temporal differences, the successor state measure d(s_f | s, a): the law of the state
+G ~ Geometric(1 - gamma) steps on. The actor then clones not only the data's actions but, through the model, the states
+that followed in the data.
 
-    noised  x_i(s) = sqrt(abar_i) s + sqrt(1 - abar_i) n,  n ~ N(0, I),  i uniform over K      Sec. 4.2  noised
+    noised  x_i(s) = sqrt(abar_i) s + sqrt(1 - abar_i) n,  n ~ N(0, I),  i one of K levels     Sec. 4.2  noised
     BDM     L_BDM = E (1 - gamma) |eps(x_i(s'), s, a, i) - n|^2
                     + gamma |eps(x_i(s_f), s, a, i) - eps'(x_i(s_f), s', a', i)|^2             Alg. 1    bdm_loss
             a' = pi'(s') + clipped noise;  s_f ~ d'(. | s', a') by the reverse chain of eps'             reverse_chain
-    critic  L_Q = E (r + gamma (1 - terminal) (min(Q1', Q2')(s', a') - beta_c |a' - a'_data|^2)
+    critic  L_c = E (r + gamma (1 - terminal) (min(Q1', Q2')(s', a') - beta_c |a' - a'_data|^2)
                     - Q_j(s, a))^2                                                             ReBRAC    critic_step
     action  L_a = E |pi(s) - a|^2                                                              Alg. 2    actor_step
     state   L_s = E eta_i |eps'(x_i(s_f), s, pi(s), i) - n|^2,  s_f from the future of s       Alg. 2    state_loss
-    actor   L = -E Q1(s, pi(s)) / mean |Q1| + w_a L_a + w_s^2 L_s                              Alg. 2    actor_step
+    actor   L = L_Q + w_a L_a + w_s^2 L_s,  L_Q = -E Q1(s, pi(s)) / mean |Q1|                  Alg. 2    actor_step
 
     each update       a', critics, BDM                                                         update
     every second one  actor and all targets (', rate tau); to act: pi(s)                       update, act
     App. B            Table 4 from Table 3                                                     table4
     Sec. 4.2          draws from d of a trained model                                          sample_futures
 
-States are z-scored, since the chain starts from N(0, I). Without critics (--sbc-only, App. C) L_Q is left out.
+|.|^2 is a sum over dimensions, in L_BDM their mean. States are z-scored, since the chain starts from N(0, I). Without
+critics (--sbc-only, App. C) L_Q is left out.
 
     The paper (P) or the author's code (C)            This file, which follows C; X: with --corrected
  1. P: L_s has weight w_s                             w_s^2, multiplied twice: for P give --w-s its root
@@ -46,34 +47,35 @@ States are z-scored, since the chain starts from N(0, I). Without critics (--sbc
  6. P: one s_f per row in L_s                         16: --num-futures 1
  7. P: "hyperparameters from ReBRAC"                  z-scored states, L2 decay of the critics, beta_c 0 on
                                                       hopper-medium-replay (ReBRAC: 0.5)
- 8. P: SBC with "the same hyperparameters"            w_a and w_s without w_Q of Table 3. C moves unread target critics
-                                                      too, not here
+ 8. P: SBC with "the same hyperparameters"            w_a and w_s without w_Q of Table 3. C also moves target
+                                                      critics that nothing reads; not here
  9. P: alpha_i; s_f ~ d(. | s, a), eps(s'_i, i)       abar_i; s_f ~ d(. | s', a'), as in Alg. 1; eps(s'_i, s, a, i)
 10. C: s_f in L_s is G + 1 steps on, across time      X: G ~ Geometric(1 - gamma) steps on in its episode, for ever in a
-    limits too and from a terminal row, none beyond   terminal state, none beyond a time limit. L_s gets 17 to 22 %
-    a later terminal                                  larger: missing ones count as zeros (there are 0.842 of all in C,
-                                                      0.984 in X on Hopper medium; 0.559, 0.999 on medium-replay)
+    limits too and from a terminal row, none beyond   terminal state, none beyond a time limit. Missing ones are
+    a later terminal                                  zeros in L_s; there are, of all, in C and X on SAC's data:
+                                                      Hopper medium 0.842, 0.984; replay 0.559, 0.999;
+                                                      HalfCheetah medium 1.000, 0.903
 11. P: no sampler, no K. C: DDPM, K = 10, the         X: at that level: N(1, 1) comes out with mean 0.98, not 0.76
     network called one level above the step's
 12. C: the BDM ignores terminals                      X: a terminal s' is its own future: gamma (1 - terminal)
 13. C: the chain starts at the n that noises s_f      X: at a draw of its own. With 12, L_BDM differs by 14 to 28 %
 14. C: critics' penalty [B], values [B, 1], target    X: each sample's own penalty
     [B, B]: each sample is given the mean penalty
-15. ReBRAC's authors (CORL, eeeeef2): hidden biases   --rebrac, and on datasets that P did not run; else PyTorch's start
-    0.1, last layers within 1e-3 (pi), 3e-3 (Q)       (Q 20 to 33 % higher after 250 to 1,000 updates, 2 to 5 % after
-                                                      12,000)
+15. ReBRAC's authors (CORL, eeeeef2): hidden biases   --rebrac, and the rows of REBRAC that TABLE3 lacks; else
+    0.1, last layers within 1e-3 (pi), 3e-3 (Q)       PyTorch's start (Q 20 to 33 % higher after 250 to 1,000
+                                                      updates, 2 to 5 % after 12,000)
 16. They: LayerNorm's eps 1e-6; pi' follows pi from   --rebrac; else 1e-5; after its step
     before its step
 17. They: raw states, no decay, each sample's         --rebrac; else see 4, 7, 14
     penalty, min(Q1, Q2)
-18. P: "99 % less variance" than Monte Carlo          exact for the target, on average over a stationary law of s; of
+18. P: "about 99%" of the target's variance goes      exact for the target, on average over a stationary law of s; of
                                                       the gradient (1 - gamma)^2 is left where d does not depend on
                                                       (s, a), more with a network, whose errors at (s, a) and (s', a')
                                                       differ
 
-To lift this file out: bring your own `load_dataset` (`rows` and `split`, which names their six columns as in `Batch`;
-`episode` [N], an index that changes where an episode ends; `obs_dim`, `action_dim`, `max_action`), `parse_args`, `Run`,
-`capture`, `Metrics`; see tests/lifted.
+To lift this file out: bring `RunArgs`, `Metrics` and your data: `rows` and `split`, which names their six columns as in
+`Batch`; these columns of all rows in order, and their number as `len`; `episode` [N], an index that changes where an
+episode ends; `obs_dim`, `action_dim`, `max_action`. Write your own loop in place of `main`; see tests/lifted.
 """
 
 import copy
@@ -134,7 +136,7 @@ class Args(RunArgs):
 
 
 def table4(w_a0, critic_bc, w_sa, omega, w_q, paper_score):
-    """Table 4 from Table 3: w_a0 is ReBRAC's w_a, w_sa the state weight relative to w_a, omega slows."""
+    """Table 4 from Table 3: w_a0 is ReBRAC's w_a, w_sa the state weight relative to w_a, omega divides rates."""
     w_a, lr = w_a0 / w_q, 1e-3 / omega
     return dict(w_a=w_a, w_s=w_sa * w_a, critic_bc=critic_bc, actor_lr=lr, bdm_lr=lr, paper_score=paper_score)
 
@@ -165,7 +167,7 @@ def rebrac(w_a, critic_bc, **more):
 MAZE = dict(batch_size=256, actor_lr=3e-4, critic_lr=5e-5, gamma=0.999, reward_scale=100.0, eval_episodes=100)
 PEN = dict(batch_size=256, actor_lr=3e-4, critic_lr=3e-4)
 REBRAC = {env: rebrac(*row[:2]) for env, row in TABLE3.items()} | {
-    # w_a, beta_c: CORL, eeeeef2, configs/offline/rebrac; for --rebrac, and for datasets that the paper did not run
+    # w_a, beta_c: CORL, eeeeef2, configs/offline/rebrac; for --rebrac; rows that TABLE3 lacks also without it
     "hopper-medium-replay-v2": rebrac(0.05, 0.5),
     "halfcheetah-random-v2": rebrac(0.001, 0.1),
     "halfcheetah-full-replay-v2": rebrac(0.001, 0.1),
@@ -354,7 +356,7 @@ def state_loss(net, obs, action, futures, weights, level, noise):
 
 
 def critic_targets(q_next, penalty, batch, gamma, critic_bc, own_penalty):
-    """ReBRAC's target: q_next [B] of the target critics at a', penalty [B] = |a' - a'_data|^2, own or in the mean."""
+    """ReBRAC's target: q_next [B] of the target critics at a', penalty [B] = |a' - a'_data|^2, own or averaged."""
     if not own_penalty:
         penalty = ((1 - batch.terminal) * penalty).mean()
     return batch.reward + gamma * (1 - batch.terminal) * (q_next - critic_bc * penalty)
@@ -593,7 +595,7 @@ class BDMOnly(BDM):
 
 
 def load_learner(folder, device="cpu"):
-    """The learner of a finished run of this script, without its data."""
+    """The learner of a run of this script, without its data."""
     args, checkpoint = load_run(__file__, folder, Args, device=device)
     learner = (BDMOnly if args.bdm_only else BDM)(args, SimpleNamespace(**checkpoint["dims"]), 0)
     set_state(learner.state, checkpoint["learner"])
@@ -685,9 +687,12 @@ def check(args, given):
             print("note: ReBRAC as its authors run it, without a BDM")
     if args.sbc_only:
         useless(given, ["critic_lr", "critic_bc", "reward_scale"], "with --sbc-only")
+        if args.w_s == 0:
+            useless(given, ["gamma", "tau", "corrected"], "with --sbc-only without a state term")
     if args.bdm_only:
         actor = ["actor_lr", "critic_lr", "w_a", "w_s", "eta", "actor_bdm", "num_futures", "critic_bc", "reward_scale"]
-        useless(given, actor, "with --bdm-only")
+        useless(given, [*actor, "hidden"], "with --bdm-only")
+        args.eval_episodes = 0  # there is no policy
         if args.bdm_only != "data":
             apart(args, "bdm_only")
     if args.rebrac or args.bdm_only:

@@ -23,32 +23,33 @@ A flow-GAN learns the density p(s, a) of the data and is frozen. Then TD3 climbs
                  second loop, --steps updates t = 0, 1, ...: critics, actor, targets                             update
 
 The actor first follows the density alone, the critics join at t = --critic-start, Q at t_Q = --q-start; alpha(t)
-(`alpha_at`) changes at fractions of --steps. The paper's lengths: 500,000 + 1,000,000 for MuJoCo; AntMaze has 1,000,000
-in all. Eq. 5 (Prop. 3.1: Eq. 4 as inverse RL) only argues.
+(`alpha_at`) changes at fractions of --steps. C's lengths: 500,000 + 1,000,000 for MuJoCo; AntMaze has 1,000,000 in all.
+Eq. 5 (Prop. 3.1: Eq. 4 as inverse RL) is an argument, not computed.
 
-    The paper (P) or its code (C)                           This file, which follows C where nothing else is said
+    The paper (P, by its authors' slides) or its code (C)   This file, which follows C where nothing else is said
  1. P: dual gradient descent on alpha. C: a table          the table; --alpha-mode dual: alpha <- max(0, alpha + lr E
-    alpha(t), and for epsilon the density of the data's     [-log p(s, pi(s)) - epsilon]) from t_Q on, epsilon as in C
-    own action                                              unless --epsilon gives a number
+    alpha(t), and for epsilon -log p of the data's own      [-log p(s, pi(s)) - epsilon]) from t_Q on, epsilon as in C
+    action                                                  unless --epsilon gives a number
  2. P: the flow maps actions. C: it maps [s, a]             [s, a]; --density conditional models p(a | s)
  3. P: the flow-GAN goes on training beside the policy      frozen
  4. P: actor and targets move at every update, critics and  every second (--policy-delay 1); critics and Q join later
     Q are there from the start; no terminal in y; the       (--critic-start 0 --q-start 0)
     critic's equation has max over a'
- 5. C: alpha counts from the start of phase 1, with one     alpha counts from the start of phase 2, for any length. C
-    absolute threshold: 0 for one update, negative if       changes some values one actor update later; AntMaze's first
-    phase 1 has less than 400,000                           actor update has alpha 0.5 there
+ 5. C: AntMaze's alpha and MuJoCo's last threshold count    alpha counts from the start of phase 2, for any length. C
+    from the start of phase 1: alpha is 0 for one update,   changes some values one actor update later; AntMaze's first
+    0 or negative for many after a shorter phase 1          actor update has alpha 0.5 there after 300,000
  6. C: the sampler applies exp(-sigma) after undoing the    the exact inverse; only the GAN term sees it
     couplings: no inverse of its density
  7. C: couplings end in a LeakyReLU (NICE: linear), and     the LeakyReLU; the factor is left out
-    divide their inputs by sqrt(1 + 1e-6)
+    each of their layers divides by sqrt(1 + 1e-6)
  8. C: D has S + A outputs, whose mean is the loss and      as C (WGAN-GP: one output, u uniform, weight 10)
-    whose sum the penalty takes, at u x + (1 - u) G(z),
+    whose sum the penalty takes, at u x + (1 - u) f^-1(z),
     u ~ N(0, 1), weight 0.5
  9. C: Adam of the flow has betas (0.9, 0.01), eps 1e-4     as C
 10. TD3 clamps a~ to the action box and climbs Q1           as C: no clamp, min(Q1, Q2)
-11. C: updates of D and flow are skipped where the loss is  as C (`actor_skipped`: their share), but a loss that is not
-    not finite, the actor's also above 1e7, for ever        finite ends the run at the next log line
+11. C: updates of D and flow are skipped where the loss is  as C (`actor_skipped`: the actor's share), but a loss that
+    not finite, the actor's also above 1e7, perhaps for     is not finite ends the run at the next log line
+    ever
 12. C: drops every 1000th row of a stretch without          as C on the paper's datasets as downloaded; --use-timeouts,
     terminals, so that AntMaze's shorter episodes run into  and all other data: the file's own time limits
     each other
@@ -261,8 +262,9 @@ class Flow(nn.Module):
         k = action_dim if self.conditional else obs_dim + action_dim
         context_dim = obs_dim if self.conditional else 0
         self.sizes = [k // 2, k - k // 2]  # of the halves x1, x2
+        self.reads = [i % 2 if k > 1 else 0 for i in range(couplings)]  # the half that each coupling reads
         self.nets = nn.ModuleList(
-            coupling_net(self.sizes[i % 2] + context_dim, self.sizes[1 - i % 2], hidden) for i in range(couplings)
+            coupling_net(self.sizes[i] + context_dim, self.sizes[1 - i], hidden) for i in self.reads
         )
         self.sigma = nn.Parameter(torch.zeros(k))
 
@@ -271,17 +273,17 @@ class Flow(nn.Module):
         return (action, obs) if self.conditional else (torch.cat([obs, action], dim=-1), obs[:, :0])
 
     def forward(self, x, context):
-        """z = f(x): couplings 0, 2, ... shift x2 by a function of x1, the others x1 by one of x2."""
+        """z = f(x): couplings 0, 2, ... shift x2 by a function of x1, the others x1 by one of x2 (not if it is all)."""
         halves = list(x.split(self.sizes, dim=-1))
-        for i, net in enumerate(self.nets):
-            halves[1 - i % 2] = halves[1 - i % 2] + net(torch.cat([halves[i % 2], context], dim=-1))
+        for i, net in zip(self.reads, self.nets):
+            halves[1 - i] = halves[1 - i] + net(torch.cat([halves[i], context], dim=-1))
         return torch.cat(halves, dim=-1) * self.sigma.exp()
 
     def inverse(self, z, context):
         """x = f^-1(z): the same steps backwards."""
         halves = list((z * torch.exp(-self.sigma)).split(self.sizes, dim=-1))
-        for i, net in reversed(list(enumerate(self.nets))):
-            halves[1 - i % 2] = halves[1 - i % 2] - net(torch.cat([halves[i % 2], context], dim=-1))
+        for i, net in reversed(list(zip(self.reads, self.nets))):
+            halves[1 - i] = halves[1 - i] - net(torch.cat([halves[i], context], dim=-1))
         return torch.cat(halves, dim=-1)
 
     def nll(self, obs, action):
@@ -385,7 +387,7 @@ class CPED:
         )  # fmt: skip
 
     def pretrain(self):
-        """First phase: five updates of the discriminator, the first followed by one of the flow."""
+        """First phase: --discriminator-steps updates of the discriminator, the first followed by one of the flow."""
         for i in range(self.args.discriminator_steps):
             batch = self.data.sample(self.args.batch_size, self.generator)
             fake = self.behavior.sample(batch.obs, self.generator)
@@ -394,7 +396,7 @@ class CPED:
                 self.behavior_step(batch, fake)
 
     def update(self):
-        """Second phase: two updates of the critics, the first followed by one of actor and targets."""
+        """Second phase: --policy-delay updates of the critics, the first followed by one of actor and targets."""
         for i in range(self.args.policy_delay):
             batch = self.data.sample(self.args.batch_size, self.generator)
             self.critic_step(batch)

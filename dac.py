@@ -26,7 +26,7 @@ chain. (Exact at t = 0 only: what it samples is greedier than pi*, see tests/ben
                  grad Q at the end of the denoising chain and through it
     to act       10 actions denoised, the one with the largest mean target Q                            act
 
-    The paper (P) or its code (C)                           This file, which follows C where nothing else is said
+    The paper (P, by its authors' slides) or its code (C)   This file, which follows C where nothing else is said
  1. P: Eq. 15 regresses to eps - w_t g / eta                Eq. 16 lacks a factor 2, hence the 2 eta above; for Eq. 15
                                                             --guidance-scale 2
  2. P: squared norms                                        means over action dimensions, to which the table's b belongs

@@ -9,8 +9,9 @@ Official code (JAX): github.com/evalarzj/qdq, commit f083a57 (score and consiste
     python qdq.py --env hopper-medium-v2 --seed 1 2 3 4 --reuse runs/qdq/hopper-medium-v2/seed0    # last phase only
     python qdq.py --env bandit-8gaussians      # a 2-D example; result: bandit.png
 
-A generative model of the returns seen after (s, a) says how uncertain Q is there: its samples, so the paper, spread
-more for actions far from the data (but see difference 13). Where they spread most, the critic's target is made smaller.
+A generative model of the returns seen after (s, a) says how uncertain Q is there: its samples, says the paper, spread
+more for actions far from the data (but see difference 13). Where they spread most, the critic's target is divided by
+their spread.
 
     returns     G(s_b, a_b) = sum_{i < 200} gamma^i r_{b+i},  scaled to x in [-1, 1]   Eq. 5  return_dataset
     score       L = E w(t) (D(x + t z, t | s, a) - x)^2                                       score_loss
@@ -22,7 +23,7 @@ more for actions far from the data (but see difference 13). Where they spread mo
     critic      L = alpha E (r + gamma Q' - Q)^2 + (1 - alpha) E (r + gamma Q_L' - Q)^2   Eq. 7  critic_step
     actor       L = -E min(Q1, Q2)(s, pi(s)) - w_bc E log pi(a | s)                    Eq. 9  pg_loss (or awr_loss)
 
-    Algorithm 1  a window of returns every 10 steps                                           return_dataset
+    Algorithm 1  a truncated return every 10 steps                                            return_dataset
                  800,000 times: score model D (EDM)                                           score_update
                  1,600,000 times: consistency model f, whose moving average is f'             consistency_update
                  1,000,000 times: critic; on every second actor and targets                   policy_update
@@ -33,19 +34,19 @@ more for actions far from the data (but see difference 13). Where they spread mo
     model (Table G.1)                                       2,000,000 walker2d-medium-expert), as the checkpoints have
  2. P: alpha .99 (halfcheetah, hopper-medium, -replay,      .992 (MuJoCo), .99 (AntMaze), .01 (umaze-diverse): --alpha;
     AntMaze) or .95, w_bc 0 or 1, beta .8 for hopper        w_bc 0 to 2: --bc-coef; .8 for walker2d too: --beta
- 3. P: Eq. 8 has beta Q off U                               AntMaze has Q there, and in five sets 1 + 0.1 (1 - 1/H) on
-                                                            U: --penalty
- 4. P: Eq. 9 draws a from pi                                its mean; AntMaze but umaze-diverse extracts the policy by
-                                                            AWR: --actor-loss
- 5. C: target action: the target policy's mean with TD3     --no-target-sample is a setting of its own (in antmaze-
-    noise, drawn from the policy before where w_bc > 0      medium-diverse sampling is all that w_bc does)
+ 3. P: Eq. 8 has beta Q off U                               AntMaze has Q there, and in five sets the factor
+                                                            1 + 0.1 (1 - 1/H) on U: --penalty
+ 4. P: Eq. 9 draws a from pi                                its mean; AntMaze except umaze-diverse extracts the policy
+                                                            by AWR: --actor-loss
+ 5. C: target action: the target policy's mean, or where    --no-target-sample is a setting of its own (in antmaze-
+    w_bc > 0 a draw from it, plus TD3 noise                 medium-diverse sampling is all that w_bc does)
  6. P: Eq. 6 divides by n - 1; Eq. 5 discounts from the     by n; from the start of the window. An episode of up to 200
     start of the episode                                    steps gives one window, a longer one at most 100
  7. P: three hidden layers                                  AntMaze: two (--layers), and LayerNorm in the critic for the
                                                             large mazes (--layer-norm); C's --clip-grad
  8. P: Alg. 1 moves actor and targets at every update       at every second. The actor's cosine (C) counts its updates
                                                             over --steps and so ends at half the learning rate
- 9. C: the student begins from random weights and does not  so here; --init-from-teacher copies the teacher, as usual.
+ 9. C: f begins from random weights and does not            so here; --init-from-teacher copies D, as usual.
     see the highest noise level (80), where it is sampled   f' begins as a copy and keeps f's Fourier frequencies
     later; f' has weights and Fourier frequencies of its
     own, which the moving average moves
@@ -53,19 +54,20 @@ more for actions far from the data (but see difference 13). Where they spread mo
                                                             updates, of plain momentum
 11. C: batches without replacement; actions clipped to      neither
     1 - 1e-5
-12. P: all seeds share one score and consistency model      each trains its own without --reuse
+12. C: all seeds share one score and consistency model      each trains its own without --reuse
 13. P: H is larger off the data                             not so in tests/benchmarks/claim_qdq.py, a small known
                                                             system: the better the score model, the nearer its spread is
                                                             to that of the returns, off the data as on it; the
                                                             consistency model adds error of the distillation (see
                                                             returns.png). The disagreement of five regressors does tell.
-                                                            The method needs only 1/H < beta on U, which holds in units
-                                                            of the return; it fails if H is below 1
+                                                            The method needs H > 1 / beta on U: so it is on MuJoCo, in
+                                                            units of the return, not surely in umaze-diverse. And Q > 0:
+                                                            a negative Q (umaze-diverse, pendulum) is raised by 1/H
 14. C: actions in [-1, 1]                                   mean, spread and noise of the policy scale with max_action
 
-To lift this file out: bring your own `load_dataset` (a `sample(batch_size, generator)` that returns the six fields of
-`Batch`, the same fields of all rows in order, `episode`, `name` and `need_order`, for returns, and `obs_dim`,
-`action_dim`, `max_action`), `parse_args`, `Run`, `capture`, `Metrics`; see tests/lifted.
+To lift this file out: bring `RunArgs`, `Metrics` and your data: `sample(batch_size, generator)` gives obs, action,
+reward, next_obs and terminal; `obs_dim`, `action_dim`, `max_action`; for returns these columns of all rows in order,
+`episode`, `name` and `need_order`. Write your own loop in place of `main`; see tests/lifted.
 """
 
 import copy
@@ -187,7 +189,7 @@ def mlp(sizes, activation, linear=nn.Linear, norm=None):
 
 
 def linear(d_in, d_out):
-    """nn.Linear with Flax's start: Xavier-uniform weights and no bias."""
+    """nn.Linear with the official start: Xavier-uniform weights, zero biases."""
     layer = nn.Linear(d_in, d_out)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -195,7 +197,7 @@ def linear(d_in, d_out):
 
 
 class EnsembleLinear(nn.Module):
-    """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out], Xavier-uniform weights and no bias."""
+    """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out], Xavier-uniform weights, zero biases."""
 
     def __init__(self, n, d_in, d_out):
         super().__init__()
@@ -673,6 +675,8 @@ def check(args, given):
     at_most(args, 1, "gamma", "tau", "consistency_tau", "alpha", "beta")
     if args.return_hidden < 8 or args.return_hidden % 8:
         raise UserError(f"--return-hidden must be a multiple of 8, the size of a group, found {args.return_hidden}")
+    if args.alpha == 1:
+        useless(given, ["beta", "penalty", "q_samples"], "with --alpha 1")
     if args.actor_loss == "awr":
         useless(given, ["bc_coef"], "with --actor-loss awr")
     if args.reuse:

@@ -795,7 +795,8 @@ def test_settings_of_each_algorithm(parse, command):
         "--gamma 1", "--sbc-only --rebrac", "--bdm-only data --sbc-only", "--rebrac --w-s 0.1", "--rebrac --corrected",
         "--env pen-human-v1 --w-s 0.1", "--sbc-only --critic-bc 1", "--sbc-only --reward-scale 2", "--hidden 0",
         "--w-s 0 --eta paper", "--w-s 0 --num-futures 2", "--bdm-only data --w-a 1", "--bdm-only data --w-s 1",
-        "--num-futures 0",
+        "--bdm-only data --hidden 8", "--sbc-only --w-s 0 --corrected", "--sbc-only --w-s 0 --gamma 0.9",
+        "--sbc-only --w-s 0 --tau 0.1", "--num-futures 0",
     ],
 )  # fmt: skip
 def test_settings_that_cannot_go_together_are_refused(parse, flags):

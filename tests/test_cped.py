@@ -100,6 +100,18 @@ def test_inverse_by_hand():
     assert flow.inverse(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 0))[0].tolist() == pytest.approx([0.0, 0.2])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_conditional_density_of_one_dimension():
+    """It has no half that shifts the other: every coupling shifts it all, by a function of the state."""
+    flow = random_flow(3, 1, "conditional", hidden=16, std=0.5)
+    obs = torch.randn(3, generator=generator(), dtype=torch.float64)
+    grid = torch.linspace(-40, 40, 20_001, dtype=torch.float64).unsqueeze(1)
+    obs = obs.expand(len(grid), 3)
+    assert torch.exp(-flow.nll(obs, grid)).sum().item() * 80 / 20_000 == pytest.approx(1, abs=1e-4)
+    assert (flow(grid, obs) - grid * flow.sigma.exp()).abs().min() > 0.1
+    assert (flow.inverse(flow(grid, obs), obs) - grid).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("density", ["joint", "conditional"])
 def test_samples_are_where_the_flow_maps_to_the_draws_of_the_prior(density):
     flow = random_flow(3, 2, density, hidden=16, std=0.5)
