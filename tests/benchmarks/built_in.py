@@ -1,6 +1,6 @@
 """The README's results: every script on the built-in HalfCheetah replay data, three seeds.
 
-    python tests/benchmarks/built_in.py     # 45 minutes of one CPU core; writes the table in README.md
+    python tests/benchmarks/built_in.py     # 36 minutes of one CPU core; writes the table in README.md
 
 A run is the script's own command; its summary goes to tests/results/<name>.json, with the CPU minutes of one seed. Runs
 that are finished are not run again (runs/built_in).

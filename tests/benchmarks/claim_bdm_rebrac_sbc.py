@@ -23,7 +23,7 @@ The successor measure is right, its gradient quieter; state cloning helps with f
                                                     gamma 0.5    0.9       0.99
     one parameter per state and level, quadrature   0.241        0.0121    0.00013
     one parameter per state and level, measured     0.239        0.0120    0.00013
-    a trained network                               0.22         0.045     0.033
+    a trained network                               0.22         0.045     0.032
     an untrained network                            0.55         0.69      0.78
 
 3. Sec. 6: cloning futures with actions keeps the states nearer to the data's. Behaviour cloning (--w-s 0) and SBC,

@@ -3,10 +3,9 @@
     python tests/benchmarks/scenes.py              # writes tests/figures/scenes.png and tests/results/scenes.json
     python tests/benchmarks/scenes.py --seed 1 --scenes moons rings                  # writes to runs/scenes instead
 
-Every panel is `python <script>.py --env bandit-<scene>` with the script's one set of settings for bandits, a minute or
-two each. There is one state: dots are actions of the data, coloured by their
-reward, red are 1,000 actions of the policy. A good policy is where the dots are brightest, and nowhere without dots:
-beyond the data Q is a guess. Runs that are finished are not run again (runs/scenes).
+Every panel is `python <script>.py --env bandit-<scene>` with the script's one set of settings for bandits, one to five
+minutes each. There is one state: dots are actions of the data, coloured by their reward, red are 1,000 actions of the
+policy. A good policy is where the dots are brightest, and nowhere without dots: beyond the data Q is a guess. Runs that are finished are not run again (runs/scenes).
 """
 
 import argparse
