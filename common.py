@@ -532,6 +532,9 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
                 value = file[name]
                 if isinstance(value, h5py.Group):
                     raise TypeError(f"it is a group of {', '.join(value)}")
+                for part in value.virtual_sources() if getattr(value, "is_virtual", False) else ():
+                    if not (path if part.file_name == "." else path.parent / part.file_name).exists():
+                        raise FileNotFoundError(f"its part {part.file_name} is missing")  # HDF5 would give zeros
                 floats = isinstance(value, h5py.Dataset) and value.dtype.kind == "f"
                 # h5py converts in small pieces, so float64 files need no second copy
                 arrays[short] = value.astype(np.float32)[()] if floats else np.asarray(value)

@@ -564,6 +564,23 @@ def test_arrays_that_cannot_be_read(tmp_path):
         common.load_dataset(HOPPER, path)
 
 
+def test_an_array_in_parts(tmp_path):
+    """A virtual dataset: HDF5 would give zeros for a part that is gone."""
+    raw = arrays()
+    path, part = write(tmp_path / "x.hdf5", without(raw, "rewards")), tmp_path / "part.hdf5"
+    layout = h5py.VirtualLayout(shape=(500,), dtype="f4")
+    layout[:400] = h5py.VirtualSource("part.hdf5", "rewards", shape=(500,))[:400]
+    with h5py.File(path, "a") as file:
+        file["last"] = raw["rewards"][400:]
+        layout[400:] = h5py.VirtualSource(file["last"])
+        file.create_virtual_dataset("rewards", layout)
+    write(part, dict(rewards=raw["rewards"]))
+    assert np.array_equal(common.read_file(Path(path))["reward"], raw["rewards"])
+    part.unlink()
+    with pytest.raises(common.RunError, match="rewards in .*x.hdf5 cannot be read: its part part.hdf5 is missing"):
+        common.load_dataset(HOPPER, path)
+
+
 def broken(key, change):
     def apply(raw):
         raw[key] = change(raw[key])

@@ -5,7 +5,8 @@
 
 Every panel is `python <script>.py --env bandit-<scene>` with the script's one set of settings for bandits, one to five
 minutes each. There is one state: dots are actions of the data, coloured by their reward, red are 1,000 actions of the
-policy. A good policy is where the dots are brightest, and nowhere without dots: beyond the data Q is a guess. Runs that are finished are not run again (runs/scenes).
+policy. A good policy is where the dots are brightest, and nowhere without dots: beyond the data Q is a guess. Runs
+that are finished are not run again (runs/scenes).
 """
 
 import argparse
