@@ -1,6 +1,6 @@
 """DAC's claims where the answer is known: what the noise regression samples, and soft against hard guidance.
 
-    python tests/benchmarks/claim_dac.py              # 6 minutes of a slow core; writes tests/{figures,results}
+    python tests/benchmarks/claim_dac.py              # 3 to 6 minutes of a core; writes tests/{figures,results}
     python tests/benchmarks/claim_dac.py --seeds 0    # a third of it; writes to runs/claims instead
 
 Part A, Theorems 1 and 2: noise regression with the target eps - w_t grad Q(x_t) / eta gives a diffusion model of
@@ -28,8 +28,7 @@ guidance leave it. All share seeds and the dual ascent's b = 1.3; "none" is the 
 the exact fixed points for all strengths, because a comparison at one b also compares strengths.
 Result: as the paper says at equal b: on data 76 to 78 % without guidance, soft 64 to 66 %, hard 17 to 19 %, denoised 0.
 With equal parts on data the exact ones earn nearly the same (90 %: -0.65 and -0.69): mostly, hard is the stronger one.
-Rewards: soft -0.68, hard -0.41, denoised -0.01. The numbers of part B are of a dual step that took the loss after the
-actor's step; the official code, and dac.py now, takes it before.
+Rewards: soft -0.68, hard -0.41, denoised -0.01.
 Smaller than the script's bandits: T = 20, 1,500 updates of 512 (denoised: 300), learning rate 3e-3.
 """
 
