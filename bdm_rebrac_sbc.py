@@ -80,7 +80,6 @@ episode ends; `obs_dim`, `action_dim`, `max_action`. Write your own loop in plac
 
 import copy
 import math
-import sys
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
@@ -118,21 +117,22 @@ class Args(RunArgs):
     corrected: bool = False  # Without the slips of the author's code: differences 2 and 10 to 14
     sbc_only: bool = False  # Imitation alone: no critics, no L_Q (App. C)
     rebrac: bool = False  # ReBRAC as its own authors run it, without a BDM
-    bdm_only: str | None = None  # Train the BDM alone: of the policy in the `data`, or of a run's, by its folder
+    bdm_only: str | None = None  # Train the BDM alone: of the data's policy (`data`), or of a run's, by its folder
     gamma: float = 0.99  # Discount, of rewards and of future states
-    tau: float = 0.005  # Rate of all target networks
-    actor_lr: float = 1e-3  # lr_pi in Table 4
-    bdm_lr: float = 1e-3  # lr_diffusion in Table 4
+    bdm_lr: float = 1e-3  # Learning rate of the BDM (lr_diffusion in Table 4)
     critic_lr: float = 1e-3  # Learning rate of the critics
+    actor_lr: float = 1e-3  # Learning rate of the actor (lr_pi in Table 4)
+    tau: float = 0.005  # Rate of the target networks
     w_a: float = 0.01  # Weight of cloning actions, Table 4
     w_s: float = 0.01  # Weight of cloning states, Table 4; w_s^2 multiplies L_s (difference 1). 0: no BDM
-    eta: Literal["code", "uniform", "paper"] = "code"  # eta_i, weight of noise level i in L_s
-    actor_bdm: Literal["target", "online"] = "target"  # The BDM that L_s reads
+    # eta_i, weight of noise level i in L_s: as in the author's code, equal, or as in the paper (difference 2)
+    eta: Literal["code", "uniform", "paper"] = "code"
+    actor_bdm: Literal["target", "online"] = "target"  # The BDM that L_s reads (difference 3)
     num_futures: int = 16  # Future states per row in L_s
     critic_bc: float = 0.01  # beta_c, weight of ReBRAC's penalty in the critics' target
-    reward_scale: float = 1.0  # Multiplies every reward (ReBRAC on AntMaze: 100)
-    hidden: int = 256  # Width of actor and critics
+    hidden: int = 256  # Width of critics and actor
     bdm_hidden: int = 512  # Width of the BDM
+    reward_scale: float = 1.0  # Multiplies every reward (ReBRAC on AntMaze: 100)
 
 
 def table4(w_a0, critic_bc, w_sa, omega, w_q, paper_score):
@@ -210,7 +210,7 @@ def mlp(sizes, activation, linear=nn.Linear, norm=None):
 class EnsembleLinear(nn.Module):
     """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out], initialised like nn.Linear.
 
-    A shorter input, [m, B, d_in], goes through the first m layers; so too below.
+    A shorter input, [m, B, d_in], goes through the first m layers.
     """
 
     def __init__(self, n, d_in, d_out):
@@ -224,7 +224,7 @@ class EnsembleLinear(nn.Module):
 
 
 class EnsembleLayerNorm(nn.Module):
-    """LayerNorm with a gain and an offset per member: [n, B, d] -> [n, B, d]."""
+    """LayerNorm with a gain and an offset per member: [n, B, d] -> [n, B, d], or the first m of them."""
 
     def __init__(self, n, d, eps=1e-5):
         super().__init__()
@@ -251,12 +251,12 @@ class Critic(nn.Module):
 
 
 class Actor(nn.Module):
-    """Deterministic policy pi: obs [B, S] -> action [B, A]."""
+    """Deterministic policy pi: obs [B, S] -> action [B, A] in [-max_action, max_action]."""
 
     def __init__(self, obs_dim, action_dim, hidden, max_action):
         super().__init__()
-        self.net = mlp([obs_dim, hidden, hidden, hidden, action_dim], nn.ReLU)
         self.max_action = max_action
+        self.net = mlp([obs_dim, hidden, hidden, hidden, action_dim], nn.ReLU)
 
     def forward(self, obs):
         return self.max_action * torch.tanh(self.net(obs))
@@ -287,7 +287,7 @@ def cosine_schedule(levels):
     """beta_i and abar_i of each level, 0 the least noisy: squared cosine with beta cut to 0.999, in float64."""
     u = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
     f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    beta = (1 - f[1:] / f[:-1]).clamp_max(0.999)
     return beta, torch.cumprod(1 - beta, dim=0)
 
 
@@ -296,11 +296,12 @@ BETA, ABAR = cosine_schedule(K)
 
 def level_weights(eta):
     """eta_i for the squared error of the noise at each level, [K]."""
+    alpha = 1 - BETA
     if eta == "uniform":
         return torch.ones(K)
     if eta == "paper":
-        return (BETA**2 * (1 - BETA) * BETA).float()  # alpha = 1 - beta
-    weights = BETA / ((1 - BETA) * (1 - ABAR))
+        return (BETA**2 * alpha * (1 - alpha)).float()
+    weights = BETA / (alpha * (1 - ABAR))
     return (weights / weights.mean()).float()
 
 
@@ -311,7 +312,7 @@ def abar_on(device, dtype):
 
 
 def noised(x, noise, level):
-    """x_i = sqrt(abar_i) x + sqrt(1 - abar_i) noise: x, noise [..., S], level [..., 1] -> [..., S]."""
+    """x_i = sqrt(abar_i) x + sqrt(1 - abar_i) noise, Sec. 4.2: x, noise [..., S], level [..., 1] -> [..., S]."""
     abar = abar_on(x.device, x.dtype)[level]
     return abar.sqrt() * x + (1 - abar).sqrt() * noise
 
@@ -355,11 +356,11 @@ def state_loss(net, obs, action, futures, weights, level, noise):
     return (weights * error**2).sum(-1).mean()
 
 
-def critic_targets(q_next, penalty, batch, gamma, critic_bc, own_penalty):
-    """ReBRAC's target: q_next [B] of the target critics at a', penalty [B] = |a' - a'_data|^2, own or averaged."""
+def rebrac_target(next_q, penalty, batch, gamma, critic_bc, own_penalty):
+    """ReBRAC's target: next_q [B] of the target critics at a', penalty [B] = |a' - a'_data|^2, own or averaged."""
     if not own_penalty:
         penalty = ((1 - batch.terminal) * penalty).mean()
-    return batch.reward + gamma * (1 - batch.terminal) * (q_next - critic_bc * penalty)
+    return batch.reward + gamma * (1 - batch.terminal) * (next_q - critic_bc * penalty)
 
 
 class Futures:
@@ -382,13 +383,13 @@ class Futures:
             valid = (row <= last) | (data.terminal[last] == 1)
             return data.next_obs[torch.minimum(row, last)], valid.unsqueeze(-1).float()
         row = index + steps + 1
-        inside = row.clamp(max=len(data) - 1)
+        inside = row.clamp_max(len(data) - 1)
         valid = (row == inside) & (self.terminals[inside] == self.terminals[index])
         return data.obs[inside], valid.unsqueeze(-1).float()
 
 
 def adam(parameters, lr, **more):
-    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    """Fused Adam; its rate is a tensor, which a captured update reads anew each time."""
     parameters = list(parameters)
     device = parameters[0].device
     lr = torch.tensor(lr, device=device)
@@ -432,10 +433,9 @@ class BDM:
         self.eta = level_weights(args.eta).to(device)
         self.obs_mean, self.obs_std = torch.zeros(obs_dim, device=device), torch.ones(obs_dim, device=device)
         self.state = dict(
-            actor=self.actor, critic=self.critic, bdm=self.bdm, actor_target=self.actor_target,
-            critic_target=self.critic_target, bdm_target=self.bdm_target, actor_opt=self.actor_opt,
-            critic_opt=self.critic_opt, bdm_opt=self.bdm_opt, obs_mean=self.obs_mean, obs_std=self.obs_std,
-            generator=self.generator,
+            actor=self.actor, actor_target=self.actor_target, actor_opt=self.actor_opt, critic=self.critic,
+            critic_target=self.critic_target, critic_opt=self.critic_opt, bdm=self.bdm, bdm_target=self.bdm_target,
+            bdm_opt=self.bdm_opt, obs_mean=self.obs_mean, obs_std=self.obs_std, generator=self.generator,
         )  # fmt: skip
 
     def use_data(self, futures, mean, std):
@@ -446,14 +446,14 @@ class BDM:
 
     def update(self):
         """Two updates: critics and BDM in both; actor and all targets in the first."""
-        for with_actor in (True, False):
+        for i in range(2):
             index, batch = self.sample()
             next_action = self.next_action(batch) if self.has_critic or self.has_bdm else None
             if self.has_critic:
                 self.critic_step(batch, next_action)
             if self.has_bdm:
                 self.bdm_step(batch, next_action)
-            if with_actor:
+            if i == 0:
                 self.actor_step(batch, index)
                 if self.has_critic:
                     update_target(self.critic_target, self.critic, self.args.tau)
@@ -479,14 +479,16 @@ class BDM:
         return (((action - other) / self.data.max_action) ** 2).sum(-1)
 
     def critic_step(self, batch, next_action):
+        # critics, L_c
         args = self.args
         with torch.no_grad():
-            q_next = self.critic_target(batch.next_obs, next_action).amin(0)
+            next_q = self.critic_target(batch.next_obs, next_action).amin(0)
             penalty = self.distance(next_action, batch.next_action)
             own_penalty = args.corrected or args.rebrac
-            target = critic_targets(q_next, penalty, batch, args.gamma, args.critic_bc, own_penalty)
+            target = rebrac_target(next_q, penalty, batch, args.gamma, args.critic_bc, own_penalty)
         q = self.critic(batch.obs, batch.action)
         critic_loss = ((q - target) ** 2).mean(1).sum()
+
         self.critic_opt.zero_grad()
         critic_loss.backward()
         self.critic_opt.step()
@@ -520,9 +522,9 @@ class BDM:
 
         # L_s: near the data's future states
         if self.has_bdm:
-            cloning_loss = self.state_loss(batch.obs, action, index)
-            actor_loss = actor_loss + args.w_s**2 * cloning_loss
-            self.metrics.add(state_loss=cloning_loss)
+            state_loss = self.state_loss(batch.obs, action, index)
+            actor_loss = actor_loss + args.w_s**2 * state_loss
+            self.metrics.add(state_loss=state_loss)
 
         # L_Q: up Q, scaled
         if self.has_critic:
@@ -551,7 +553,7 @@ class BDM:
         return state_loss(net, obs, action, futures, valid * eta, level, noise)
 
     def act(self, obs, generator):
-        """[n, S] -> [n, A]; `generator` is not needed, pi is deterministic."""
+        """pi, which is deterministic: [n, S] -> [n, A]."""
         return self.actor((obs - self.obs_mean) / self.obs_std)
 
     @torch.no_grad()
@@ -580,10 +582,10 @@ class BDMOnly(BDM):
 
     def update(self):
         """Two updates; the target moves in the first."""
-        for with_target in (True, False):
+        for i in range(2):
             _, batch = self.sample()
             self.bdm_step(batch, self.next_action(batch))
-            if with_target:
+            if i == 0:
                 update_target(self.bdm_target, self.bdm, self.args.tau)
 
     @torch.no_grad()
@@ -629,7 +631,8 @@ def sample_futures(folder, obs, action, n=100, seed=0, device="cpu"):
 
 def draw_futures(learner, path):
     """Future states in the data (grey) and from the BDM (red) for three rows, in the two widest dimensions."""
-    data, dims = learner.data, learner.obs_std.topk(2).indices.tolist() if learner.data.obs_dim > 1 else [0, 0]
+    data = learner.data
+    dims = learner.obs_std.topk(2).indices.tolist() if data.obs_dim > 1 else [0, 0]
     index = torch.tensor([1, 3, 5], device=learner.generator.device) * len(data) // 7
     generator = torch.Generator(index.device).manual_seed(0)
     true, valid = learner.futures.draw(index, 500, generator)
@@ -637,17 +640,14 @@ def draw_futures(learner, path):
     conditions = (x.repeat_interleave(500, 0) for x in (start, data.action[index]))
     sampled = learner.sample_futures(*conditions, generator).view(3, 500, -1)
 
-    def panel(k):
-        def draw(axes):
-            axes.scatter(*true[k][valid[k, :, 0] == 1][:, dims].cpu().T, c="grey", s=6, label="data")
-            axes.scatter(*sampled[k][:, dims].cpu().T, c="red", s=3, alpha=0.5, label="BDM")
-            axes.scatter(*start[k, dims].cpu(), c="black", marker="x", label="s")
-            axes.set(title=f"future states of row {index[k]:,}", xlabel=f"state {dims[0]}", ylabel=f"state {dims[1]}")
-            axes.legend(fontsize=8)
+    def draw(axes, k):
+        axes.scatter(*true[k][valid[k, :, 0] == 1][:, dims].cpu().T, c="grey", s=6, label="data")
+        axes.scatter(*sampled[k][:, dims].cpu().T, c="red", s=3, alpha=0.5, label="BDM")
+        axes.scatter(*start[k, dims].cpu(), c="black", marker="x", label="s")
+        axes.set(title=f"future states of row {index[k]:,}", xlabel=f"state {dims[0]}", ylabel=f"state {dims[1]}")
+        axes.legend(fontsize=8)
 
-        return draw
-
-    save_figure(path, *map(panel, range(3)))
+    save_figure(path, *(partial(draw, k=k) for k in range(3)))
 
 
 def standardize(data):
@@ -658,21 +658,20 @@ def standardize(data):
     return mean, std
 
 
-def settings():
+def settings(given):
     """The table for what the command line asks for."""
-    asked = {word.split("=")[0].replace("_", "-") for word in sys.argv}
-    if "--rebrac" in asked:
+    if given.get("rebrac"):
         return REBRAC | OURS
-    if "--sbc-only" in asked:
+    if given.get("sbc_only"):
         return SBC | OURS
-    return PAPER | OURS if "--bdm-only" in asked else REBRAC | PAPER | OURS
+    return PAPER | OURS if given.get("bdm_only") else REBRAC | PAPER | OURS
 
 
 def check(args, given):
     at_least(args, 1, "hidden", "bdm_hidden", "num_futures")
-    at_least(args, 0, "gamma", "actor_lr", "bdm_lr", "critic_lr", "tau", "w_a", "w_s", "critic_bc")
-    at_most(args, 1, "gamma", "tau")
-    if args.gamma in (0, 1):
+    at_least(args, 0, "actor_lr", "bdm_lr", "critic_lr", "tau", "w_a", "w_s", "critic_bc")
+    at_most(args, 1, "tau")
+    if not 0 < args.gamma < 1:
         raise UserError(f"--gamma must lie between 0 and 1, found {args.gamma}")
     modes = [mode for mode in ("sbc_only", "rebrac", "bdm_only") if getattr(args, mode)]
     if len(modes) > 1:
@@ -682,7 +681,8 @@ def check(args, given):
     if args.rebrac:
         if args.w_s and "w_s" in given:
             raise UserError("ReBRAC as its authors run it has raw states and no BDM: --w-s takes --no-rebrac with it")
-        useless(given, ["corrected"], "with --rebrac" + ", set for these data (--no-rebrac)" * ("rebrac" not in given))
+        where = "with --rebrac" if "rebrac" in given else "with --rebrac, set for these data (--no-rebrac)"
+        useless(given, ["corrected"], where)
         if not args.evaluate:
             print("note: ReBRAC as its authors run it, without a BDM")
     if args.sbc_only:
@@ -695,7 +695,7 @@ def check(args, given):
         args.eval_episodes = 0  # there is no policy
         if args.bdm_only != "data":
             apart(args, "bdm_only")
-    if args.rebrac or args.bdm_only:
+    if args.rebrac or args.bdm_only:  # neither has a state term
         args.w_s = 0.0
     if args.w_s == 0:
         args.paper_score = None  # that of another algorithm
@@ -704,15 +704,15 @@ def check(args, given):
 
 
 def main():
-    args = parse_args(Args, settings(), check, doc=__doc__)
+    args = parse_args(Args, settings, check, doc=__doc__)
     Learner = BDMOnly if args.bdm_only else BDM
     if args.evaluate:
         return evaluate_run(args, Learner)
     data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0, true_next_obs=True)
     if args.w_s or not args.sbc_only:
         data.need_order("next actions and the states that follow")
-    policy = None
-    if args.bdm_only not in (None, "data") and not args.resume:
+    policy, follows = None, args.bdm_only not in (None, "data")  # the policy of another run
+    if follows and not args.resume:
         policy = load_actor(args.bdm_only, data, args.device)
         args.hidden = policy.args.hidden
     data.reward.mul_(args.reward_scale)
@@ -726,7 +726,7 @@ def main():
             learner.use_policy(policy)
     phases = dict(update=args.steps)
     run = Run(args, learners, data, __file__, PROTOCOL, phases)
-    if args.bdm_only not in (None, "data") and not (policy or run.phase):  # resumed, but there was no checkpoint yet
+    if follows and not (policy or run.phase):  # resumed, but there was no checkpoint yet
         for learner in learners:
             learner.use_policy(load_actor(args.bdm_only, data, args.device))
 

@@ -1395,7 +1395,8 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
     """The settings of a run: command line, then `settings` (the paper's table), then the defaults of `Args`.
 
     With --resume or --evaluate: command line, then the settings of that run.
-    settings: exact dataset id -> its settings, or a family of built-in data, such as "bandit" or "pendulum-demo".
+    settings: exact dataset id -> its settings, or a family of built-in data, such as "bandit" or "pendulum-demo"; or
+    what gives that for a command line.
     check(args, given): the script's own; raises UserError for settings that cannot go together, before anything is
     read. `given` names the fields that stood on the command line.
     proportional: the fields counted in updates that keep their proportion to `steps` when it is given and they are not.
@@ -1416,7 +1417,7 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
             print(f"note: {first} ran on {default.device}, which is not here; the CPU takes its place")
             default.device = "cpu"
     else:
-        table, relative = find_settings(env, settings)
+        table, relative = find_settings(env, settings(given) if callable(settings) else settings)
         default, source = replace(Args(), **table | dict(env=env)), relative or env
         for field in ("eval_every", "log_every"):
             setattr(default, field, max(1, min(getattr(default, field), default.steps // 10)))  # ten points at least

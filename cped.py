@@ -104,7 +104,7 @@ class Args(RunArgs):
     q_start: int = 50_000  # Update of the second phase from which the actor climbs Q (t_Q)
     gamma: float = 0.99  # Discount
     behavior_lr: float = 1e-4  # Learning rate of flow and discriminator
-    critic_lr: float = 3e-4  # Learning rate of Q
+    critic_lr: float = 3e-4  # Learning rate of the critics
     actor_lr: float = 1e-4  # Learning rate of the actor
     tau: float = 0.005  # Rate of the target networks (kappa in Alg. 1)
     policy_delay: int = 2  # Critic updates for each update of actor and targets
@@ -308,7 +308,7 @@ def gradient_penalty(discriminator, real, fake, generator):
     """E (|grad sum_j D_j| - 1)^2 on the line through a real and a fake pair, not only between them (difference 8)."""
     u = torch.randn(len(real), 1, device=real.device, generator=generator)
     mixed = (u * real + (1 - u) * fake).requires_grad_()
-    (gradient,) = torch.autograd.grad(discriminator(mixed).sum(), mixed, create_graph=True)
+    gradient = torch.autograd.grad(discriminator(mixed).sum(), mixed, create_graph=True)[0]
     return ((gradient.norm(dim=-1) - 1) ** 2).mean()
 
 
@@ -331,7 +331,7 @@ def alpha_at(step, values, until):
 
 
 def adam(parameters, lr, **more):
-    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    """Fused Adam; its rate is a tensor, which a captured update reads anew each time."""
     parameters = list(parameters)
     device = parameters[0].device
     lr = torch.tensor(lr, device=device)
@@ -387,7 +387,7 @@ class CPED:
         )  # fmt: skip
 
     def pretrain(self):
-        """First phase: --discriminator-steps updates of the discriminator, the first followed by one of the flow."""
+        """First loop of Algorithm 1: --discriminator-steps updates of the discriminator; after the first the flow."""
         for i in range(self.args.discriminator_steps):
             batch = self.data.sample(self.args.batch_size, self.generator)
             fake = self.behavior.sample(batch.obs, self.generator)
@@ -396,7 +396,7 @@ class CPED:
                 self.behavior_step(batch, fake)
 
     def update(self):
-        """Second phase: --policy-delay updates of the critics, the first followed by one of actor and targets."""
+        """Second loop of Algorithm 1: --policy-delay updates of the critics; after the first actor and targets."""
         for i in range(self.args.policy_delay):
             batch = self.data.sample(self.args.batch_size, self.generator)
             self.critic_step(batch)
@@ -467,7 +467,7 @@ class CPED:
                          actor_skipped=1 - allowed.float())  # fmt: skip
         if self.args.alpha_mode == "dual":
             with torch.no_grad():
-                self.alpha.add_(self.args.alpha_lr * q_weight * excess).clamp_(min=0)
+                self.alpha.add_(self.args.alpha_lr * q_weight * excess).clamp_min_(0)
 
     def act(self, obs, generator):
         """pi, which is deterministic: [n, S] -> [n, A]."""

@@ -93,21 +93,21 @@ class Args(RunArgs):
 
     # DAC
     gamma: float = 0.99  # Discount
-    actor_lr: float = 3e-4  # Learning rate of the actor (alpha_theta)
     critic_lr: float = 3e-4  # Learning rate of the critics (alpha_phi)
+    actor_lr: float = 3e-4  # Learning rate of the actor (alpha_theta)
     lr_decay_steps: int | None = None  # Updates over which both rates fall to zero; --steps unless given
-    tau: float = 0.005  # Rate of both targets (alpha_ema)
+    tau: float = 0.005  # Rate of the target networks (alpha_ema)
     actor_ema_every: int = 5  # Updates between moves of the target actor
     actor_ema_start: int = 1_000  # Updates during which the target actor keeps its random start
     critics: int = 10  # Size of the ensemble (H)
-    rho: float = 1.0  # Pessimism, in standard deviations over the ensemble (rho)
+    rho: float = 1.0  # Pessimism, in standard deviations over the ensemble
     next_samples: int = 10  # Next actions per transition in the critic's target
     max_q_backup: bool = False  # Maximum instead of mean over the next actions, for each critic on its own
     diffusion_steps: int = 5  # Denoising steps (T)
     clip_denoised: bool = True  # Cut the prediction of x_0 to the action box at each denoising step
     guidance: Literal["soft", "hard", "denoised"] = "soft"  # w_t g, g, or grad Q through the denoising chain
     guidance_scale: float = 1.0  # Factor on the guidance; 2 is Eq. 15
-    eta: float = 1.0  # Weight of the noise regression (eta), or where its dual ascent begins
+    eta: float = 1.0  # Weight of the noise regression, or where its dual ascent begins
     eta_lr: float = 1e-3  # Step of the dual ascent (alpha_eta); 0 keeps eta fixed
     bc_threshold: float = 1.0  # Noise regression loss that the dual ascent aims at (b), per action dimension
     hidden: int = 256  # Width of critics and actor
@@ -147,9 +147,9 @@ OURS = {  # settings of this project: built-in data on two CPU cores, and 2-D ba
 }
 PROTOCOL = "mean of the last five evaluations, 8 seeds, 10 episodes each"
 
-B_MIN, B_MAX = 0.1, 10.0  # noise schedule
+BETA_MIN, BETA_MAX = 0.1, 10.0  # noise rates
 ETA_MIN, ETA_MAX = 0.001, 100.0
-EPS = 1e-6
+EPS = 1e-6  # keeps a division by E |Q| finite
 
 
 class Mish(nn.Module):
@@ -171,7 +171,7 @@ def mlp(sizes, activation, linear=nn.Linear):
 
 
 class EnsembleLinear(nn.Module):
-    """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out]; Xavier by each member's own fans."""
+    """n linear layers as one batched matmul: [n, B, d_in] -> [n, B, d_out], Xavier-uniform weights, zero biases."""
 
     def __init__(self, n, d_in, d_out):
         super().__init__()
@@ -220,7 +220,7 @@ def noise_schedule(steps):
     """alpha_t and abar_t for t = 0..steps, two lists with 1 at t = 0: abar_t = exp(-0.1 t / T - 4.95 (t / T)^2)."""
     alpha, alpha_bar = [1.0], [1.0]
     for t in range(1, steps + 1):
-        alpha.append(math.exp(-B_MIN / steps - 0.5 * (B_MAX - B_MIN) * (2 * t - 1) / steps**2))
+        alpha.append(math.exp(-BETA_MIN / steps - 0.5 * (BETA_MAX - BETA_MIN) * (2 * t - 1) / steps**2))
         alpha_bar.append(alpha_bar[-1] * alpha[-1])
     return alpha, alpha_bar
 
@@ -259,7 +259,8 @@ def q_gradient(critic, obs, action, x):
     with torch.no_grad():
         scale = critic(obs, action).abs().mean()
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(critic(obs, x).mean(0).sum(), x)[0] / (scale + EPS), scale
+    gradient = torch.autograd.grad(critic(obs, x).mean(0).sum(), x)[0]
+    return gradient / (scale + EPS), scale
 
 
 def denoising_loss(predicted, noise):
@@ -273,7 +274,7 @@ def guidance_loss(predicted, gradient, weight):
 
 
 def adam(parameters, lr, **more):
-    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    """Fused Adam; its rate is a tensor, which a captured update reads anew each time."""
     parameters = list(parameters)
     device = parameters[0].device
     lr = torch.tensor(lr, device=device)
@@ -340,18 +341,17 @@ class DAC:
                 set_lr(opt, lr * factor)
 
     def critic_step(self, batch):
-        # target, Eq. 18
+        # critics, Eq. 18
+        args = self.args
         with torch.no_grad():
-            n, k = len(batch.next_obs), self.args.next_samples
+            n, k = len(batch.next_obs), args.next_samples
             next_obs = batch.next_obs.repeat_interleave(k, dim=0)
             next_action = self.sample_actions(self.actor_target, next_obs, self.generator)
             next_q = self.critic_target(next_obs, next_action).view(-1, n, k)
-            target = lcb_target(
-                next_q, batch.reward, batch.terminal, self.args.gamma, self.args.rho, self.args.max_q_backup
-            )
-
+            target = lcb_target(next_q, batch.reward, batch.terminal, args.gamma, args.rho, args.max_q_backup)
         q = self.critic(batch.obs, batch.action)
         critic_loss = ((q - target) ** 2).mean()
+
         self.critic_opt.zero_grad()
         critic_loss.backward()
         nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
@@ -359,26 +359,26 @@ class DAC:
         self.metrics.add(critic_loss=critic_loss, q_std=q.std(0, correction=0).mean())
 
     def actor_step(self, batch):
-        # noise regression
+        args = self.args
+
+        # noise regression, first term of Eq. 16
         noise = torch.randn(batch.action.shape, device=batch.action.device, generator=self.generator)
-        t = torch.randint(
-            1, self.args.diffusion_steps + 1, (len(noise), 1), device=noise.device, generator=self.generator
-        )
+        t = torch.randint(1, args.diffusion_steps + 1, (len(noise), 1), device=noise.device, generator=self.generator)
         alpha_bar = self.alpha_bar[t]
         w = (1 - alpha_bar).sqrt()
         x = alpha_bar.sqrt() * batch.action + w * noise
         predicted = self.actor(x, batch.obs, t)
         behavior_loss = denoising_loss(predicted, noise)
 
-        # guidance, Eq. 19
+        # guidance, Eq. 19 and second term of Eq. 16
         gradient, scale = q_gradient(self.critic_target, batch.obs, batch.action, x)
-        if self.args.guidance == "denoised":
+        if args.guidance == "denoised":
             action = self.sample_actions(self.actor, batch.obs, self.generator)
             q_loss = -self.critic_target(batch.obs, action).mean() / (scale + EPS)
         else:
-            q_loss = guidance_loss(predicted, gradient, w if self.args.guidance == "soft" else 1)
+            q_loss = guidance_loss(predicted, gradient, w if args.guidance == "soft" else 1)
 
-        actor_loss = self.eta * behavior_loss + self.args.guidance_scale * q_loss  # Eq. 16
+        actor_loss = self.eta * behavior_loss + args.guidance_scale * q_loss  # Eq. 16
         self.actor_opt.zero_grad()
         actor_loss.backward()
         nn.utils.clip_grad_norm_(self.actor.parameters(), 1.0)
@@ -386,10 +386,10 @@ class DAC:
         self.metrics.add(actor_loss=actor_loss, behavior_loss=behavior_loss, q_scale=scale,
                          q_gradient=gradient.abs().mean(), eta=self.eta)  # fmt: skip
 
-        # dual ascent
-        if self.args.eta_lr:
-            excess = behavior_loss.detach() - self.args.bc_threshold
-            self.eta.add_(self.args.eta_lr * excess.clamp(-1, 1)).clamp_(ETA_MIN, ETA_MAX)
+        # dual ascent: eta <- eta + alpha_eta (loss - b)
+        if args.eta_lr:
+            excess = behavior_loss.detach() - args.bc_threshold
+            self.eta.add_(args.eta_lr * excess.clamp(-1, 1)).clamp_(ETA_MIN, ETA_MAX)
 
     @torch.no_grad()
     def update_actor_target(self):
@@ -457,7 +457,7 @@ def main():
     if args.evaluate:
         return evaluate_run(args, DAC)
     data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0)
-    if args.env not in SCENES:
+    if args.env not in SCENES:  # bandits keep rewards and actions as they are
         prepare(data)
     data = data.to(args.device)
     learners = [DAC(args, data, seed) for seed in args.seed]

@@ -94,8 +94,8 @@ class Args(RunArgs):
     pretrain_steps: int = 50_000  # Head start of behaviour model and critics, in updates
     gamma: float = 0.99  # Discount
     behavior_lr: float = 3e-4  # Learning rate of the diffusion models (Table 4)
-    actor_lr: float = 3e-4  # Learning rate of the actor (Table 4)
     critic_lr: float = 3e-4  # Learning rate of Q and V
+    actor_lr: float = 3e-4  # Learning rate of the actor (Table 4)
     lr_decay: bool = False  # Cosine decay of all learning rates to zero over --steps (Table 4)
     tau: float = 0.005  # Rate of the target critic
     expectile: float = 0.7  # tau in Eq. 6
@@ -300,8 +300,13 @@ def expectile_loss(u, expectile):
     return (torch.where(u < 0, 1 - expectile, expectile) * u**2).mean()
 
 
+def log_prob(mean, log_std, action):
+    """log N(action | mean, std) summed over action dimensions: [..., A] -> [...]."""
+    return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
 def adam(parameters, lr, **more):
-    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    """Fused Adam; its rate is a tensor, which a captured update reads anew each time."""
     parameters = list(parameters)
     device = parameters[0].device
     lr = torch.tensor(lr, device=device)
@@ -419,8 +424,7 @@ class DTQL:
         """-E log N(atanh(a / 1.001) | mean, std), summed over action dimensions (Sec. 2.4, difference 6)."""
         mean, log_std = self.actor(batch.obs)
         pre_tanh = torch.atanh(batch.action / (self.data.max_action + 1e-3))
-        log_prob = -0.5 * ((pre_tanh - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-        return -log_prob.sum(-1).mean()
+        return -log_prob(mean, log_std, pre_tanh).mean()
 
     def sample_actions(self, obs, generator):
         """One action of pi for each row of obs, with gradient: [B, S] -> [B, A]."""
@@ -429,7 +433,7 @@ class DTQL:
         return self.data.max_action * torch.tanh(mean + log_std.exp() * noise)
 
     def act(self, obs, generator):
-        """Draw candidates from pi, choose one by the target critic: [n, S] -> [n, A]."""
+        """Draw candidates from pi, choose one by the target critic (App. D): [n, S] -> [n, A]."""
         n, k = len(obs), self.args.candidates
         obs = obs.repeat_interleave(k, dim=0)
         action = self.sample_actions(obs, generator)

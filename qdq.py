@@ -117,22 +117,22 @@ class Args(RunArgs):
     consistency_tau: float = 0.005  # Rate of the moving average f', moved every fifth update
     init_from_teacher: bool = False  # Start the consistency model from the score model's weights
     return_hidden: int = 256  # Width of score and consistency model
-    critic_lr: float = 3e-4  # Learning rate of the critic
+    critic_lr: float = 3e-4  # Learning rate of the critics
     actor_lr: float = 3e-4  # Learning rate of the actor, cosine to half
     tau: float = 0.005  # Rate of the target networks (kappa in Alg. 1)
     alpha: float = 0.992  # Weight of the plain Bellman error, Eq. 7
     beta: float = 0.9  # Quantile of H above which an action is uncertain, and the factor of Q below it, Eq. 8
-    # Factor of Q on / off the uncertain set: 1/H, beta (Eq. 8); 1/H, 1; 1 + 0.1 (1 - 1/H), 1
+    # Target on / off the uncertain set: Q / H, beta Q (Eq. 8); Q / H, Q; (1 + 0.1 (1 - 1/H)) Q, Q
     penalty: Literal["paper", "keep", "mild"] = "paper"
     q_samples: int = 50  # Samples of the consistency model for each H (n in Eq. 6)
     # Policy gradient with likelihood (Eq. 9) or advantage-weighted regression
     actor_loss: Literal["pg", "awr"] = "pg"
     bc_coef: float = 0.8  # Weight of the likelihood of the data's actions (gamma in Eq. 9); pg only
     target_sample: bool = True  # Draw the target action from the target policy, before the TD3 noise
-    clip_grad: float = 10.0  # Largest norm of the critic's gradient
-    hidden: int = 256  # Width of critic and actor
-    layers: int = 3  # Hidden layers of critic and actor
-    layer_norm: bool = False  # LayerNorm in the critic
+    clip_grad: float = 10.0  # Largest norm of the critics' gradient
+    hidden: int = 256  # Width of critics and actor
+    layers: int = 3  # Hidden layers of critics and actor
+    layer_norm: bool = False  # LayerNorm in the critics
     reward_offset: float = 0.0  # Added to every reward (AntMaze: -1, unless rewards are 0 and -1 already)
 
 
@@ -179,6 +179,8 @@ PROTOCOL = (
 # EDM noise levels (Karras et al. 2022)
 SIGMA_DATA, T_MIN, T_MAX, RHO = 0.5, 0.002, 80.0, 7
 
+POLICY_NOISE, NOISE_CLIP = 0.2, 0.5  # of a' (TD3)
+
 
 def mlp(sizes, activation, linear=nn.Linear, norm=None):
     """Linear layers of these sizes, `activation` (and before it, `norm`) after all but the last."""
@@ -188,7 +190,7 @@ def mlp(sizes, activation, linear=nn.Linear, norm=None):
     return nn.Sequential(*layers[: -2 if norm else -1])
 
 
-def linear(d_in, d_out):
+def xavier_linear(d_in, d_out):
     """nn.Linear with the official start: Xavier-uniform weights, zero biases."""
     layer = nn.Linear(d_in, d_out)
     nn.init.xavier_uniform_(layer.weight)
@@ -201,7 +203,7 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, n, d_in, d_out):
         super().__init__()
-        bound = (6 / (d_in + d_out)) ** 0.5
+        bound = math.sqrt(6 / (d_in + d_out))
         self.weight = nn.Parameter(torch.empty(n, d_in, d_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(n, 1, d_out))
 
@@ -241,7 +243,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden, layers, max_action):
         super().__init__()
         self.max_action = max_action
-        self.net = mlp([obs_dim, *[hidden] * layers, action_dim], nn.ReLU, linear)
+        self.net = mlp([obs_dim, *[hidden] * layers, action_dim], nn.ReLU, xavier_linear)
         nn.init.orthogonal_(self.net[-1].weight, gain=2**0.5)
         self.log_std = nn.Parameter(torch.zeros(action_dim))  # in units of max_action
 
@@ -255,9 +257,9 @@ class ReturnNet(nn.Module):
     def __init__(self, d_in, hidden):
         super().__init__()
         self.register_buffer("freqs", 16 * torch.randn(8))
-        self.time = nn.Sequential(*mlp([16, 32, 32], nn.SiLU, linear), nn.SiLU())
+        self.time = nn.Sequential(*mlp([16, 32, 32], nn.SiLU, xavier_linear), nn.SiLU())
         norm = lambda d: nn.GroupNorm(max(d // 8, 1), d, eps=1e-6)  # groups of 8
-        self.net = mlp([d_in + 1 + 32, hidden, hidden, hidden, 1], nn.SiLU, linear, norm)
+        self.net = mlp([d_in + 1 + 32, hidden, hidden, hidden, 1], nn.SiLU, xavier_linear, norm)
 
     def raw(self, x, t, obs_action):
         """N(c_in x, ln(t) / 4 | s, a)."""
@@ -381,7 +383,7 @@ def awr_loss(actor, actor_target, critic, obs, action, generator, temperature=6.
 
 
 def adam(parameters, lr, **more):
-    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    """Fused Adam; its rate is a tensor, which a captured update reads anew each time."""
     parameters = list(parameters)
     device = parameters[0].device
     lr = torch.tensor(lr, device=device)
@@ -490,12 +492,13 @@ class QDQ:
 
     def policy_update(self):
         """Two iterations of Algorithm 1; actor and targets move in the first."""
-        batch = self.data.sample(self.args.batch_size, self.generator)
-        self.critic_step(batch)
-        update_target(self.critic_target, self.critic, self.args.tau)
-        self.actor_step(batch)
-        update_target(self.actor_target, self.actor, self.args.tau)
-        self.critic_step(self.data.sample(self.args.batch_size, self.generator))
+        for i in range(2):
+            batch = self.data.sample(self.args.batch_size, self.generator)
+            self.critic_step(batch)
+            if i == 0:
+                self.actor_step(batch)
+                update_target(self.critic_target, self.critic, self.args.tau)
+                update_target(self.actor_target, self.actor, self.args.tau)
 
     def critic_step(self, batch):
         # next action, its uncertainty, and both targets, Eq. 6 to 8
@@ -535,12 +538,13 @@ class QDQ:
 
     def next_action(self, next_obs):
         """a' of the target policy with the smoothing noise of TD3: [B, S] -> [B, A]."""
-        most = self.data.max_action
+        limit = self.data.max_action
         action, log_std = self.actor_target(next_obs)
         if self.args.target_sample:
             action = action + log_std.exp() * torch.randn(action.shape, device=action.device, generator=self.generator)
-        noise = 0.2 * torch.randn(action.shape, device=action.device, generator=self.generator)
-        return (action + most * noise.clamp(-0.5, 0.5)).clamp(-most, most)
+        noise = POLICY_NOISE * torch.randn(action.shape, device=action.device, generator=self.generator)
+        action = action + limit * noise.clamp(-NOISE_CLIP, NOISE_CLIP)
+        return action.clamp(-limit, limit)
 
     def to_return(self, x):
         """Scaled returns in [-1, 1] back to their own units."""
@@ -626,7 +630,7 @@ def draw_returns(learner, path):
         axes.axvline(learner.to_return(row[0, -1]).item(), color="black", linestyle="--", label="data")
         axes.set(title=f"a pair with a return at the {100 * fraction:.0f}th percentile", xlabel="truncated return")
 
-    save_figure(path, draw_all, *(lambda axes, f=fraction: draw_pair(axes, f) for fraction in (0.1, 0.5, 0.9)))
+    save_figure(path, draw_all, *(partial(draw_pair, fraction=fraction) for fraction in (0.1, 0.5, 0.9)))
 
 
 def draw_uncertainty(learner, data, path):
@@ -648,6 +652,7 @@ def draw_uncertainty(learner, data, path):
 
 
 UNUSED = "score_steps consistency_steps score_lr consistency_lr levels consistency_tau init_from_teacher".split()
+SHARED = "fingerprint reward_offset gamma window window_stride return_hidden".split()  # what both were made with
 
 
 def load_models(learners):
@@ -657,8 +662,7 @@ def load_models(learners):
         theirs, checkpoint = load_run(__file__, args.reuse, Args, seed, args.device)
         if "consistency" not in checkpoint["done"]:
             raise UserError(f"--reuse {args.reuse}: its consistency model is not finished")
-        shared = ["fingerprint", "reward_offset", "gamma", "window", "window_stride", "return_hidden"]
-        same_settings(args.reuse, vars(theirs) | checkpoint["dims"], vars(args) | vars(data), shared)
+        same_settings(args.reuse, vars(theirs) | checkpoint["dims"], vars(args) | vars(data), SHARED)
         parts = ("score", "consistency", "consistency_target", "q_range")
         set_state({name: learner.state[name] for name in parts}, checkpoint["learner"])
         for name in UNUSED:
@@ -666,12 +670,12 @@ def load_models(learners):
 
 
 def check(args, given):
-    at_least(args, 0, "score_steps", "consistency_steps", "gamma", "tau", "consistency_tau", "alpha", "beta")
-    at_least(args, 0, "score_lr", "consistency_lr", "critic_lr", "actor_lr", "bc_coef", "clip_grad")
     at_least(args, 1, "window_stride", "hidden", "layers")
     at_least(args, args.window_stride, "window")  # else a window could begin beyond its episode
     at_least(args, 2, "q_samples")
     at_least(args, 3, "levels")
+    at_least(args, 0, "score_steps", "consistency_steps", "gamma", "tau", "consistency_tau", "alpha", "beta")
+    at_least(args, 0, "score_lr", "consistency_lr", "critic_lr", "actor_lr", "bc_coef", "clip_grad")
     at_most(args, 1, "gamma", "tau", "consistency_tau", "alpha", "beta")
     if args.return_hidden < 8 or args.return_hidden % 8:
         raise UserError(f"--return-hidden must be a multiple of 8, the size of a group, found {args.return_hidden}")
@@ -706,7 +710,7 @@ def main():
 
     def at_end():
         if args.reuse:
-            load_models(learners)
+            load_models(learners)  # again: a resumed run may have no checkpoint yet
         elif args.init_from_teacher:
             for learner in learners:
                 learner.start_from_teacher()

@@ -122,21 +122,21 @@ class Args(RunArgs):
 LOCOMOTION = dict(scale_rewards=True, eval_every=20_000, eval_episodes=20)
 MAZE = dict(expectile=0.9, actor_layers=4, q_grad_norm="rms", reward_offset=-1.0, eval_every=20_000, eval_episodes=20)
 PAPER = {  # Table 2: beta; Table 1: score; App. C and official code: the rest
-    "halfcheetah-medium-v2": dict(beta=0.2, paper_score=60.4, **LOCOMOTION),
-    "halfcheetah-medium-replay-v2": dict(beta=0.2, paper_score=51.4, **LOCOMOTION),
-    "halfcheetah-medium-expert-v2": dict(beta=0.01, paper_score=92.2, **LOCOMOTION),
-    "hopper-medium-v2": dict(beta=0.05, paper_score=95.5, **LOCOMOTION),
-    "hopper-medium-replay-v2": dict(beta=0.2, paper_score=101.2, **LOCOMOTION),
-    "hopper-medium-expert-v2": dict(beta=0.01, paper_score=100.1, **LOCOMOTION),
-    "walker2d-medium-v2": dict(beta=0.05, paper_score=84.4, **LOCOMOTION),
-    "walker2d-medium-replay-v2": dict(beta=0.5, paper_score=84.6, **LOCOMOTION),
-    "walker2d-medium-expert-v2": dict(beta=0.1, paper_score=114.0, **LOCOMOTION),
-    "antmaze-umaze-v2": dict(beta=0.02, paper_score=97.1, **MAZE),
-    "antmaze-umaze-diverse-v2": dict(beta=0.04, paper_score=82.1, **MAZE),
-    "antmaze-medium-play-v2": dict(beta=0.08, paper_score=80.7, **MAZE),
-    "antmaze-medium-diverse-v2": dict(beta=0.05, paper_score=75.0, **MAZE),
-    "antmaze-large-play-v2": dict(beta=0.06, paper_score=53.6, **MAZE),
-    "antmaze-large-diverse-v2": dict(beta=0.05, paper_score=53.6, **MAZE),
+    "halfcheetah-medium-v2": LOCOMOTION | dict(beta=0.2, paper_score=60.4),
+    "halfcheetah-medium-replay-v2": LOCOMOTION | dict(beta=0.2, paper_score=51.4),
+    "halfcheetah-medium-expert-v2": LOCOMOTION | dict(beta=0.01, paper_score=92.2),
+    "hopper-medium-v2": LOCOMOTION | dict(beta=0.05, paper_score=95.5),
+    "hopper-medium-replay-v2": LOCOMOTION | dict(beta=0.2, paper_score=101.2),
+    "hopper-medium-expert-v2": LOCOMOTION | dict(beta=0.01, paper_score=100.1),
+    "walker2d-medium-v2": LOCOMOTION | dict(beta=0.05, paper_score=84.4),
+    "walker2d-medium-replay-v2": LOCOMOTION | dict(beta=0.5, paper_score=84.6),
+    "walker2d-medium-expert-v2": LOCOMOTION | dict(beta=0.1, paper_score=114.0),
+    "antmaze-umaze-v2": MAZE | dict(beta=0.02, paper_score=97.1),
+    "antmaze-umaze-diverse-v2": MAZE | dict(beta=0.04, paper_score=82.1),
+    "antmaze-medium-play-v2": MAZE | dict(beta=0.08, paper_score=80.7),
+    "antmaze-medium-diverse-v2": MAZE | dict(beta=0.05, paper_score=75.0),
+    "antmaze-large-play-v2": MAZE | dict(beta=0.06, paper_score=53.6),
+    "antmaze-large-diverse-v2": MAZE | dict(beta=0.05, paper_score=53.6),
 }
 DEMO = dict(hidden=64, behavior_hidden=64, behavior_batch_size=256, critic_lr=1e-3, behavior_lr=1e-3, actor_lr=1e-3,
             expectile=0.9, beta=0.03, q_grad_norm="rms", scale_rewards=True, eval_every=1_000,
@@ -250,7 +250,7 @@ class Behavior(nn.Module):
 
 
 def schedule(t):
-    """alpha_t, sigma_t of a_t = alpha_t a + sigma_t n, with noise rate 0.1 + 19.9 t; alpha^2 + sigma^2 = 1."""
+    """alpha_t, sigma_t of a_t = alpha_t a + sigma_t n, Eq. 4, with noise rate 0.1 + 19.9 t; alpha^2 + sigma^2 = 1."""
     log_alpha = -0.25 * (BETA_MAX - BETA_MIN) * t**2 - 0.5 * BETA_MIN * t
     return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
@@ -315,7 +315,7 @@ def policy_loss(action, score_grad, q_grad, beta):
 
 
 def adam(parameters, lr, **more):
-    """Fused Adam whose rate is a tensor, so that a captured update sees it change."""
+    """Fused Adam; its rate is a tensor, which a captured update reads anew each time."""
     parameters = list(parameters)
     device = parameters[0].device
     lr = torch.tensor(lr, device=device)
@@ -370,8 +370,7 @@ class SRPO:
         """One update of V, Q and target Q (implicit Q-learning)."""
         batch = self.data.sample(self.args.batch_size, self.generator)
         # value, Eq. 11
-        q_target = self.critic_target(batch.obs, batch.action).amin(0)
-        u = q_target - self.value(batch.obs)
+        u = self.critic_target(batch.obs, batch.action).amin(0) - self.value(batch.obs)
         value_loss = expectile_loss(u, self.args.expectile)
 
         # critics, Eq. 12
@@ -398,7 +397,8 @@ class SRPO:
 
     def policy_update(self):
         """One update of the policy against the frozen target critic and behaviour model."""
-        args, batch = self.args, self.data.sample(self.args.batch_size, self.generator)
+        args = self.args
+        batch = self.data.sample(args.batch_size, self.generator)
         action = self.actor(batch.obs)
         q_grad, q = q_gradient(self.critic_target, batch.obs, action, args.q_grad_norm)
         score_grad = score_gradient(
@@ -414,7 +414,7 @@ class SRPO:
         self.metrics.add(actor_loss=actor_loss, actor_q=q.mean())
 
     def act(self, obs, generator):
-        """[n, S] -> [n, A]"""
+        """pi, which is deterministic: [n, S] -> [n, A]."""
         return self.actor(obs)
 
 
@@ -458,13 +458,13 @@ def load_models(learners):
 
 
 def check(args, given):
+    at_least(args, 1, "behavior_batch_size", "hidden", "actor_layers", "behavior_hidden")
     at_least(args, 0, "critic_steps", "behavior_steps", "gamma", "tau", "expectile", "dropout", "weight_decay")
     at_least(args, 0, "critic_lr", "behavior_lr", "actor_lr", "beta")
-    at_least(args, 1, "behavior_batch_size", "hidden", "actor_layers", "behavior_hidden")
     at_most(args, 1, "gamma", "tau", "expectile")
     if not args.dropout < 1:
         raise UserError(f"--dropout must be below 1, found {args.dropout}")
-    if args.fixed_t is not None:  # what the behaviour model learns
+    if args.fixed_t is not None:  # the behaviour model learns no other times
         at_least(args, BEHAVIOR_T[0], "fixed_t")
         at_most(args, BEHAVIOR_T[1], "fixed_t")
     if args.reuse:
@@ -493,7 +493,7 @@ def main():
 
     def at_end():
         if args.reuse:
-            load_models(learners)
+            load_models(learners)  # again: a resumed run may have no checkpoint yet
 
     update = capture(learners, "critic_update")
     for _ in run.updates("critic"):

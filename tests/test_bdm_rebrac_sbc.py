@@ -757,7 +757,7 @@ def parse(monkeypatch):
 
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", ["bdm_rebrac_sbc.py", "--device", "cpu", *map(str, flags)])
-        return common.parse_args(Args, script.settings(), script.check)
+        return common.parse_args(Args, script.settings, script.check)
 
     return parse
 
@@ -770,6 +770,7 @@ SETTINGS = {  # w_a, w_s, beta_c, actor_lr, score
     "hopper-medium-v2 --sbc-only --w-s 0": (0.01, 0.0, 0.01, 1e-5, None),
     "hopper-medium-v2 --bdm-only data": (0.005, 0.0, 0.01, 1e-5, None),
     "hopper-medium-v2 --rebrac": (0.01, 0.0, 0.01, 1e-3, None),
+    "hopper-medium-v2 --rebrac --no-rebrac": (0.005, 0.5, 0.01, 1e-5, 101.6),
     "hopper-medium-replay-v2": (0.005, 0.5, 0.0, 1e-5, 101.1),
     "hopper-medium-replay-v2 --rebrac": (0.05, 0.0, 0.5, 1e-3, None),
     "pen-human-v1": (0.1, 0.0, 0.5, 3e-4, None),

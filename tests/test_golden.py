@@ -186,9 +186,9 @@ def between_modes(case):
         for layer in [*learner.critic.modules(), *learner.critic_target.modules()]:
             layer.eps = 1e-5
     else:
-        chain, targets = module.reverse_chain, module.critic_targets
+        chain, targets = module.reverse_chain, module.rebrac_target
         patch.setattr(module, "reverse_chain", lambda *inputs: chain(*inputs[:-1], False))
-        patch.setattr(module, "critic_targets", lambda *inputs: targets(*inputs[:-1], False))
+        patch.setattr(module, "rebrac_target", lambda *inputs: targets(*inputs[:-1], False))
     return learner
 
 
