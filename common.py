@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -400,7 +401,7 @@ def forget_returns(data):
 
 def offset_rewards(data, offset):
     """Add `offset` to every reward. AntMaze's is -1, which files with rewards of 0 and -1, such as OGBench's, have."""
-    if offset == -1 and bool(((data.reward == 0) | (data.reward == -1)).all()):
+    if offset == -1 and data.reward.unique().tolist() in ([-1, 0], [-1]):
         print("note: the rewards are 0 and -1 already, so --reward-offset -1 is left out")
     else:
         data.reward.add_(offset)
@@ -517,7 +518,9 @@ def open_arrays(path: Path, sizes: tuple[int, ...] = (), hint: str = ""):
         found = f"found {path.stat().st_size} bytes" + (f", expected {' or '.join(map(str, sizes))}" if sizes else "")
         raise RunError(f"{path} is not a complete {kind} file ({found}){hint}") from error
     if missing := [KEYS[key] for key in NEEDED if key not in map(NAMES.get, arrays)]:
-        raise UserError(f"{path} has no {', '.join(missing)}; found {', '.join(sorted(map(str, arrays)))[:200]}")
+        found = ", ".join(sorted(map(str, arrays)))[:200]
+        arrays.close()
+        raise UserError(f"{path} has no {', '.join(missing)}; found {found}")
     return arrays
 
 
@@ -655,7 +658,7 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spa
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise UserError(f"{env}: the arrays have different lengths: {found}")
     if lengths["observations"] < 2:
-        raise UserError(f"{env}: the data are empty, found {lengths['observations']} rows")
+        raise UserError(f"{env}: two rows are the least, found {lengths['observations']}")
     width = np.size(raw["obs"][0])
     sizes = {"obs": dim, "next_obs": width, "action": box and math.prod(box.shape)}  # numbers per row; None: any
     for key, value in raw.items():
@@ -676,7 +679,7 @@ def check_arrays(raw: dict[str, np.ndarray], env: str, dim: int | None, box: spa
             raise UserError(f"{name}: expected shape {expected}, found {list(value.shape)}{hint}")
         bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
         if len(bad) and (key != "next_obs" or len(bad) == len(flat)):  # they may be missing where an episode ends
-            raise UserError(f"{name} has NaN or infinite values in {len(bad)} rows, the first is {bad[0]}")
+            raise UserError(f"{name} has NaN, infinite or huge values in {len(bad)} rows, the first is {bad[0]}")
         flag = key in ("terminal", "timeout", "mask")
         if flag and len(odd := flat[(flat != 0) & (flat != 1)]):
             raise UserError(f"{name} must be 0 or 1 in every row, found {odd[0]:g}")
@@ -739,9 +742,10 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
             half = any(np.array_equal(x, x.astype(np.float16), equal_nan=True) for x in some)
         near = (5e-4 if half else 1e-6) * np.abs(obs[1:]) + 1e-3 * np.nanmedian(np.abs(some[1] - some[0]), axis=0)
         jump[:-1] = ~np.all(np.abs(next_obs[:-1] - obs[1:]) <= near, axis=1)
-        jump &= ~(terminal | raw.get("timeout", False))
+        jump &= ~(end := terminal | raw.get("timeout", False))
     if jump.any():
-        states = {row.tobytes() for row in obs}
+        first = np.concatenate([[True], (jump | end)[:-1]])  # where a piece of an episode may begin
+        states = {row.tobytes() for row in obs[first]}
         meet = any(row.tobytes() in states for row in next_obs[jump])
         if meet or 2 * np.count_nonzero(jump) > len(obs):
             print(f"{env}: the rows are not in time order; what follows each is taken from its next_observations")
@@ -755,7 +759,7 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
     elif "timeout" not in raw and not jump.any():
         if env in DATASETS and env.split("-")[0] in GYM_IDS:
             raise UserError(f"{env}: the file has no timeouts, but every original has: else episodes run together")
-        raw["timeout"] = count_timeouts(terminal, horizon) if horizon else jump
+        raw["timeout"] = count_timeouts(terminal, horizon, int(env in DATASETS)) if horizon else jump
         guess = f"a time limit is assumed every {horizon} steps" if horizon else "no time limits are assumed"
         episodes = np.count_nonzero(terminal | raw["timeout"])
         print(f"{env}: the file has no timeouts, so terminals end the task; {guess} ({episodes} complete episodes)")
@@ -765,13 +769,13 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
     return True
 
 
-def count_timeouts(terminal: np.ndarray, horizon: int) -> np.ndarray:
-    """D4RL's step counter for files without timeouts. As there, it restarts at 1 after a terminal, at 0 after a cut."""
+def count_timeouts(terminal: np.ndarray, horizon: int, late: int = 1) -> np.ndarray:
+    """Every `horizon`-th row of an episode, for files without timeouts. D4RL counts `late`: from 1 after a terminal."""
     timeout = np.zeros_like(terminal)
     start, counter = 0, 0
     for end in [*np.flatnonzero(terminal), len(terminal) - 1]:
         timeout[start + horizon - 1 - counter : end + 1 : horizon] = True
-        start, counter = end + 1, 0 if timeout[end] else 1
+        start, counter = end + 1, 0 if timeout[end] else late
     return timeout
 
 
@@ -1381,7 +1385,7 @@ class RunArgs:
     # Log to Weights & Biases too, as its environment variables WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP say
     wandb: bool = False
     paper_score: float | None = None  # On this dataset, from the script's table; no flag
-    goal = None  # updates at which the seeds that are resumed first meet others; no setting
+    start = goal = None  # updates of the seeds that are resumed first, and where they meet others; no settings
 
 
 # What may change when a run is resumed, and what may stand beside --evaluate.
@@ -1562,8 +1566,9 @@ def useless(given, names, where):
 
 
 def apart(args, name):
-    """Refuse a setting that names another run if this one would move it aside."""
+    """Refuse a setting that names another run if this one would move it aside; make it absolute, for --resume."""
     source, new = Path(getattr(args, name)), new_folders(args, script_of(type(args)))
+    setattr(args, name, os.path.abspath(source))
     if not args.resume and any(folder.resolve().is_relative_to(source.resolve()) for folder in new.values()):
         raise UserError(f"{flag(name)} {source} is where this run would be written: choose another --out")
 
@@ -1609,13 +1614,15 @@ def check_resume(args, given):
         args.steps = max(args.steps, saved.steps)
         for name in vars(saved).keys() - FREE - {"steps", "" if "out" in given else "out"}:
             was, now = getattr(saved, name), getattr(args, name)
-            if was != now:
+            same = os.path.abspath if was and now and name in ("out", "reuse", "bdm_only") else str
+            if same(was) != same(now):
                 rest = "when it is resumed" if name in given else "as for other seeds: resume each on its own"
                 raise UserError(f"{flag(name)} was {was} in {folders[seed]} and cannot be {now} {rest}")
-    counts = updates_of({seed: folders[seed] for seed in seeds})
+    there = lambda seed: (folders[seed] / "checkpoint.pt").exists()
+    counts = {seed: count_updates(load_checkpoint(folders[seed])) if there(seed) else 0 for seed in seeds}
     least, *ahead = sorted(set(counts.values()))
     args.seed = tuple(seed for seed in seeds if counts[seed] == least)
-    args.goal = ahead[0] if ahead else None
+    args.start, args.goal = least, ahead[0] if ahead else None
     if len(args.seed) < len(seeds):
         print(f"note: the seeds stand apart; seed {' '.join(map(str, args.seed))} first, until it meets the next")
 
@@ -1737,7 +1744,7 @@ def set_state(parts, state):
         raise
     except (KeyError, RuntimeError) as error:  # parts or shapes that are not there
         why = " ".join(str(error).split())
-        raise UserError(f"this checkpoint is of another version or size of the script: {why[:200]}") from error
+        raise UserError(f"this checkpoint is of another version, class or size of the script: {why[:200]}") from error
 
 
 def set_part(part, saved):
@@ -2042,7 +2049,8 @@ class Run:
                 if not math.isfinite(value):
                     saved = (self.folders[0] / "checkpoint.pt").exists()
                     rest = f"the last checkpoint in {self.place} is from before that" if saved else "no checkpoint yet"
-                    raise RunError(f"{name} became {value} by {self.phase} update {self.step:,} of seed {seed}; {rest}")
+                    where = f"update {self.step:,} of phase {self.phase}, seed {seed}"
+                    raise RunError(f"{name} became {value} by {where}; {rest}")
         row = dict(phase=self.phase, step=self.step, total=self.total, seconds=round(time.monotonic() - self.start, 1))
         for log, values in zip(self.logs, metrics):
             log.add(row | dict(updates_per_second=count / spent) | values)
@@ -2103,17 +2111,20 @@ class Run:
             about = read_about(folder)
             if (folder / "checkpoint.pt").exists():
                 checkpoint = load_checkpoint(folder, self.args.device)
+                if self.args.start not in (None, count_updates(checkpoint)):
+                    raise CaughtUp  # another process went on with it before the lock was ours: look again
                 if checkpoint["dims"]["fingerprint"] != self.data.fingerprint:
                     raise UserError(f"these are not the data that {folder} was trained on: it cannot go on")
                 if not set_state(learner.state, checkpoint["learner"]):  # else the first draws would come once more
                     learner.generator.manual_seed(hash((seed, checkpoint["step"])))
                     elsewhere = True
-                for name in BOOKS:
-                    setattr(self, name, checkpoint[name])
-                self.owed &= bool(self.envs)
+                if not self.owed:  # else the books of a seed that still owes an evaluation stay: all make it then
+                    for name in BOOKS:
+                        setattr(self, name, checkpoint[name])
             keep_code(folder, self)
             again = dict(resumed=now(), **circumstances(self))
             write_about(folder, self, seed, about | dict(resumed=[*about.get("resumed", []), again]))
+        self.owed &= bool(self.envs)
         print(f"resuming {self.place} {f'at {self.phase} {self.step:,}' if self.phase else 'from its beginning'}")
         if elsewhere:
             print("note: its checkpoint is from another kind of device: the run goes on, but not bit for bit")
@@ -2143,7 +2154,7 @@ class Run:
             raise CaughtUp
         self.draw()
         where = f"{self.phase} {self.step:,} of {self.phases[self.phase]:,}"
-        print(f"stopped at {where}; --resume {self.place} continues", file=sys.stderr)
+        print(f"stopped at {where}; --resume {shlex.quote(str(self.place))} continues", file=sys.stderr)
         self.held.close()  # in a notebook the process lives on
         sys.exit(128 + self.signal)
 
@@ -2161,9 +2172,9 @@ class Run:
         self.seconds = time.monotonic() - self.start
         summaries = [summarise(self, log.rows, seed) for log, seed in zip(self.logs, self.args.seed)]
         for folder, summary in zip(self.folders, summaries):
-            write_text(folder / "summary.json", json.dumps(summary, indent=2))
+            write_whole(folder / "summary.json", json.dumps(summary, indent=2))
         if len(summaries) > 1:
-            write_text(self.root / "summary.json", json.dumps(across_seeds(summaries), indent=2))
+            write_whole(self.root / "summary.json", json.dumps(across_seeds(summaries), indent=2))
         self.draw()
         if self.args.env.startswith("bandit-"):
             for folder, learner, seed in zip(self.folders, self.learners, self.args.seed):
@@ -2194,12 +2205,6 @@ def run_folders(folder):
     """Seed -> folder: of one run, or of all seeds in `folder`."""
     paths = [path for path in Path(folder).glob("seed*") if path.name[4:].isdigit() and (path / "args.json").exists()]
     return dict(sorted((read_about(path)["args"]["seed"][0], path) for path in paths or [Path(folder)]))
-
-
-def updates_of(folders):
-    """Seed -> updates that its checkpoint has seen, over all phases."""
-    there = {seed: (folder / "checkpoint.pt").exists() for seed, folder in folders.items()}
-    return {seed: count_updates(load_checkpoint(folders[seed])) if there[seed] else 0 for seed in folders}
 
 
 def lock(folder):
@@ -2235,12 +2240,11 @@ def begin_folder(folder, run, seed):
 def keep_code(folder, run):
     """The script and common.py as they run, beside what ran before where that was another version."""
     for name, code in run.code.items():  # read before: the script may be the copy in a folder that was moved
-        path, part = folder / name, folder / f"{name}.part"
+        path = folder / name
         if path.exists() and (old := path.read_bytes()) != code:
             (aside := unused(path)).write_bytes(old)
             print(f"note: {name} has changed since the run in {folder} began; the older one there is now {aside.name}")
-        part.write_bytes(code)
-        part.replace(path)
+        write_whole(path, code)
 
 
 def unused(path):
@@ -2261,7 +2265,7 @@ def write_about(folder, run, seed, about):
     process = dict(pid=os.getpid(), host=platform.node(), since=now())
     data_path = run.args.data_path and os.path.abspath(run.args.data_path)  # --resume may come from another folder
     about |= dict(process=process, args=asdict(run.args) | dict(seed=[seed], resume=None, data_path=data_path))
-    write_text(folder / "args.json", json.dumps(about, indent=2))
+    write_whole(folder / "args.json", json.dumps(about, indent=2))
 
 
 def read_about(folder):
@@ -2302,10 +2306,10 @@ def git_state(script):
     return dict(commit=text.removesuffix("-dirty"), dirty=text.endswith("-dirty")) if text else None
 
 
-def write_text(path, text):
-    """Write a whole file or nothing."""
+def write_whole(path, content):
+    """Write a whole file or nothing: bytes, or a text as it is."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_bytes(content if isinstance(content, bytes) else content.encode())
     part.replace(path)
 
 
@@ -2318,7 +2322,7 @@ class Log:
     def __init__(self, folder, seed, run):
         self.folder, self.path, self.columns, total = folder, folder / "metrics.csv", {}, run.total
         self.rows = [row for row in read_csv(self.path) if row["total"] <= total]  # what was logged after is left out
-        self.board = SummaryWriter(str(folder), purge_step=total + 1 if total else None)
+        self.board = SummaryWriter(str(folder), purge_step=total + 1)
         self.wandb = start_wandb(folder, seed, run) if run.args.wandb else None
         run.held.callback(self.close)
 
@@ -2344,7 +2348,7 @@ class Log:
         writer = csv.DictWriter(text, self.columns)
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(self.path, text.getvalue())
+        write_whole(self.path, text.getvalue())
 
     def send(self, group, values):
         total = self.rows[-1]["total"]
@@ -2406,7 +2410,7 @@ class Terminal:
         mean = f", {len(returns):,} episodes, mean return {np.mean(returns):.1f}" if len(returns) else ""
         limit = run.envs and run.envs[0].assumed_limit
         for name, text in dict(
-            algorithm=ast.get_docstring(ast.parse(run.code[run.script.name])).split("\n")[0],
+            algorithm=(ast.get_docstring(ast.parse(run.code[run.script.name])) or run.script.stem).split("\n")[0],
             data=f"{args.env}: {len(data):,} rows{mean}",
             episodes=limit and f"at most {limit:,} steps (--max-episode-steps), as {args.env} has no time limit",
             device=f"{args.device}, {device_name(args.device)}",
@@ -2538,7 +2542,7 @@ def print_summary(run, summaries):
 def across_seeds(summaries):
     """The summary of a run with several seeds: mean, standard deviation and standard error over them."""
     result = dict(summaries[0], seed=[summary["seed"] for summary in summaries])
-    for key in [key for key in ("return", "score") if key in summaries[0]]:
+    for key in [key for key in ("return", "score") if all(key in summary for summary in summaries)]:
         result[key] = {}
         for when in summaries[0][key]:
             values = [summary[key][when] for summary in summaries]

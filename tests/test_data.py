@@ -484,7 +484,7 @@ def test_without_an_environment(tmp_path, capsys):
         with pytest.raises(common.UserError, match=words):
             path = write(tmp_path / "x.npz", raw | {key: np.zeros(shape)})
             common.load_dataset("MyRobot-v0", path, judge=False)
-    with pytest.raises(common.UserError, match="next_observations has NaN or infinite values in 130 rows"):
+    with pytest.raises(common.UserError, match="next_observations has NaN, infinite or huge values in 130 rows"):
         path = write(tmp_path / "x.npz", raw | dict(next_observations=np.full((130, 3), np.nan)))
         common.load_dataset("MyRobot-v0", path, judge=False)
     raw["actions"] = np.arange(130) % 3
@@ -601,8 +601,8 @@ def with_nan(value):
         (broken("observations", lambda o: o[:, :9]), r"expected shape .N, 11., found .500, 9.; does --env name"),
         (broken("actions", lambda a: a[:, :2]), r"actions: expected shape \[N, 3\], found \[500, 2\]"),
         (broken("rewards", lambda r: np.stack([r, r], 1)), r"rewards: expected shape \[N\], found \[500, 2\]"),
-        (broken("observations", with_nan), "observations has NaN or infinite values in 2 rows, the first is 7"),
-        (broken("rewards", lambda r: r / 0.0), "rewards has NaN or infinite values in 500 rows, the first is 0"),
+        (broken("observations", with_nan), "observations has NaN, infinite or huge values in 2 rows, the first is 7"),
+        (broken("rewards", lambda r: r / 0.0), "rewards has NaN, infinite or huge values in 500 rows, the first is 0"),
         (broken("actions", lambda a: a * 3), r"actions must be in \[-1, 1\], found \[-[23]\..*another environment"),
         (broken("actions", lambda a: a * [0.5, 1.2, 1]), r"found \[-1.1.*, 1.1.*\] in dimension 1: data scaled for"),
         (lambda raw: raw.pop("timeouts"), "no timeouts"),
@@ -611,7 +611,7 @@ def with_nan(value):
         (broken("timeouts", lambda t: np.arange(500) % 100), "timeouts must be 0 or 1 in every row, found 2"),
         (lambda raw: [raw["terminals"].fill(0), raw["timeouts"].fill(0)], "no complete episode"),
         (lambda raw: raw["timeouts"].fill(1), "no transition is left"),
-        (lambda raw: raw.update({key: value[:0] for key, value in raw.items()}), "data are empty, found 0 rows"),
+        (lambda raw: raw.update({key: value[:0] for key, value in raw.items()}), "two rows are the least, found 0"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:divide by zero")

@@ -541,7 +541,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_a_non_finite_metric_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     run, learners = make_run(tmp_path)
-    with pytest.raises(RunError, match="toy_loss became nan by update update 50 of seed 0; the last checkpoint in"):
+    with pytest.raises(RunError, match="toy_loss became nan by update 50 of phase update, seed 0; the last checkpoint"):
         for count, _ in enumerate(updates(run, "update", 100)):
             learners[0].update()
             if count == 44:
@@ -870,8 +870,8 @@ def test_settings_that_were_edited(tmp_path, monkeypatch, change, words):
     "change, words",
     [
         (lambda saved: saved.pop("owed"), "cannot be read, .* of another version: KeyError: 'owed'"),
-        (lambda saved: saved["learner"].pop("weight"), "checkpoint is of another version or size .*: 'weight'"),
-        (lambda saved: saved["learner"].update(weight=torch.zeros(3)), "of another version or size .*: .*shape"),
+        (lambda saved: saved["learner"].pop("weight"), "checkpoint is of another version, class or size .*: 'weight'"),
+        (lambda saved: saved["learner"].update(weight=torch.zeros(3)), "of another version, class or size .*: .*shape"),
     ],
 )
 def test_a_checkpoint_of_another_version(tmp_path, monkeypatch, change, words):
