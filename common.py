@@ -2542,10 +2542,14 @@ def print_summary(run, summaries):
 def across_seeds(summaries):
     """The summary of a run with several seeds: mean, standard deviation and standard error over them."""
     result = dict(summaries[0], seed=[summary["seed"] for summary in summaries])
-    for key in [key for key in ("return", "score") if all(key in summary for summary in summaries)]:
+    for key in ("return", "score"):
+        found = [summary[key] for summary in summaries if key in summary]
+        result.pop(key, None)
+        if len(found) < len(summaries):
+            continue  # not all seeds were evaluated
         result[key] = {}
-        for when in summaries[0][key]:
-            values = [summary[key][when] for summary in summaries]
+        for when in found[0]:
+            values = [each[when] for each in found]
             std = float(np.std(values, ddof=1))
             result[key][when] = dict(mean=np.mean(values), std=std, stderr=std / len(values) ** 0.5, seeds=values)
     return result

@@ -192,6 +192,17 @@ def test_horizon_counter(seed):
     assert common.count_timeouts(terminal, horizon).tolist() == counter_by_loop(terminal, horizon)
 
 
+def test_own_data_without_timeouts_end_where_their_episodes_do(tmp_path, monkeypatch):
+    """Not one row early after a terminal, as D4RL's counter does."""
+    monkeypatch.setattr(common, "make_env", lambda env: plain_env("Hopper-v4"))
+    raw, ends = without(arrays(2800), "timeouts"), np.array([300, 1300, 2300, 2800])
+    raw |= dict(terminals=np.isin(np.arange(2800), [299, 2799]), rewards=np.ones(2800, np.float32))
+    data = common.load_dataset("Hopper-v4", write(tmp_path / "x.npz", raw))
+    assert data.episode_returns.tolist() == [300, 1000, 1000, 500]
+    assert np.flatnonzero(np.diff(data.episode)).tolist() == [299, 1298, 2297]  # the last rows of cut ones have no next
+    assert ends[-1] == 2800
+
+
 def test_no_timeouts_uses_counter_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "make_env", lambda env: plain_env("Hopper-v4"))
     raw = arrays(n=700, terminal_rate=0.0)
@@ -991,6 +1002,35 @@ def test_cache_race(tmp_path, monkeypatch):
     [worker.join(60) for worker in workers]
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert list((tmp_path / "offline-rl").iterdir()) == [file]
+
+
+def test_a_maze_without_a_success_is_shifted_too(tmp_path):
+    raw = arrays() | dict(rewards=np.zeros(500, np.float32))
+    data = common.load_dataset(HOPPER, write(tmp_path / "x.npz", raw))
+    common.offset_rewards(data, -1)
+    assert data.reward.unique().tolist() == [-1]
+
+
+def test_states_that_come_again_by_chance_are_no_disorder(tmp_path, capsys):
+    """Whole numbers: an episode may end where some row, but no episode, goes on."""
+    obs = np.concatenate([1 + np.arange(30) % 29 + k for k in range(20)]).astype(np.float32)
+    obs, ends = np.stack([obs, 0 * obs, 0 * obs], axis=1), np.arange(29, 600, 30)
+    obs[::30, 1] = 1  # no other state is a start
+    following = np.roll(obs, -1, axis=0)
+    following[ends] = obs[ends - 20]
+    raw = dict(observations=obs, actions=np.zeros((600, 1), np.float32), rewards=np.ones(600, np.float32))
+    raw |= dict(terminals=np.zeros(600, bool), next_observations=following)
+    data = common.load_dataset("pendulum-demo-medium", write(tmp_path / "x.npz", raw))
+    assert "episodes end without a mark" in capsys.readouterr().out and data.episode is not None
+
+
+def test_a_file_that_lacks_an_array_is_let_go(tmp_path):
+    path = Path(write(tmp_path / "x.hdf5", without(arrays(), "rewards")))
+    with pytest.raises(common.UserError, match="has no rewards") as kept:
+        common.read_file(path)
+    with h5py.File(path, "a") as file:
+        file["rewards"] = np.zeros(500)
+    assert kept and len(common.read_file(path)["reward"]) == 500
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,18 @@ def test_a_signal_in_an_evaluation_drops_it_and_the_resumed_run_makes_it(tmp_pat
         assert [[row.get(key) for key in keys] for row in after] == [[row.get(key) for key in keys] for row in before]
 
 
+def test_an_evaluation_that_one_of_two_seeds_still_owes_is_made(tmp_path, monkeypatch, capsys):
+    run, learners = make_run(tmp_path, data=Slow(number=15), seed=(0, 1), steps=60, eval_every=60, eval_episodes=1)
+    with pytest.raises(SystemExit):
+        train(run, learners, 60, evaluate=True)
+    for flags in (["--seed", "1"], []):
+        run, learners = resumed(monkeypatch, "--resume", run.root, *flags)
+        train(run, learners, 60, evaluate=True)
+        run.finish()
+    assert all("return" in json.loads((folder / "summary.json").read_text()) for folder in run.folders)
+    assert "over 2 seeds" in capsys.readouterr().out
+
+
 def test_an_evaluation_that_is_owed_may_be_left_out(tmp_path, monkeypatch):
     run, learners = make_run(tmp_path, data=Slow(number=signal.SIGTERM), eval_episodes=1, eval_every=60)
     with pytest.raises(SystemExit):
@@ -611,6 +623,32 @@ def test_resume_without_a_folder(tmp_path, monkeypatch, capsys):
     assert parsed(monkeypatch, "--out", tmp_path, "--lr", "0.5", "--resume").seed == (0,)  # the default, not all there
 
 
+@dataclass
+class Reusing(Args):
+    reuse: str | None = None  # Another run
+
+
+def test_the_path_of_another_run_holds_from_everywhere(tmp_path, monkeypatch):
+    def main(*flags):
+        common.release()
+        monkeypatch.setattr(sys, "argv", ["test_runs.py", *map(str, flags)])
+        args = parse_args(Reusing, {}, lambda args, given: args.reuse and common.apart(args, "reuse"))
+        run = Run(args, [Counter(args)], Data(), __file__, "", {})
+        train(run, run.learners, 40)
+        return args, run
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    main("--out", "a", "--steps", 40)
+    args, run = main("--out", "b", "--steps", 40, "--reuse", "a/test_runs/pendulum-demo-medium")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    place = "../b/test_runs/pendulum-demo-medium/seed0"
+    assert main("--resume", place)[0].reuse == args.reuse == str(tmp_path / "a/test_runs/pendulum-demo-medium")
+    main("--resume", place, "--reuse", "../a/test_runs/pendulum-demo-medium")
+    with pytest.raises(UserError, match="--reuse was .* and cannot be"):
+        main("--resume", place, "--reuse", "../c")
+
+
 def test_resume_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
     run, learners = make_run(tmp_path, lr=2.0)
     train(run, learners, 15)
@@ -693,6 +731,30 @@ def test_seeds_that_stand_apart_resume_each_from_its_own(tmp_path, monkeypatch, 
     assert weights == {seed: 1100 for seed in range(4)}
 
 
+def test_a_seed_that_another_process_took_further_is_looked_at_again(tmp_path, monkeypatch):
+    """It goes on while this process reads its data, before the folder is this one's."""
+
+    def main():
+        args = parsed(monkeypatch, "--resume", root, "--steps", "80")
+        if not others:
+            others.append(resumed(monkeypatch, "--resume", root / "seed0", "--steps", "60"))
+            train(*others[0], 60)
+            common.release()
+        learners = [Counter(args, None, seed) for seed in args.seed]
+        run = Run(args, learners, Data(), __file__, "", {})
+        seen.append((args.seed, run.total))
+        train(run, learners, 80)
+        weights.update({seed: int(learner.weight) for seed, learner in zip(args.seed, learners)})
+
+    others, seen, weights = [], [], {}
+    run, learners = make_run(tmp_path, seed=(0, 1), steps=20)
+    root = run.root
+    train(run, learners, 20)
+    common.release()
+    common.cli(main)
+    assert seen == [((1,), 20), ((0, 1), 60)] and weights == {0: 80, 1: 80}
+
+
 def test_one_of_several_seeds_is_resumed_by_itself(tmp_path, monkeypatch):
     """With its own settings and length, whatever became of the others."""
     run, learners = make_run(tmp_path, seed=(0, 1))
@@ -706,6 +768,13 @@ def test_one_of_several_seeds_is_resumed_by_itself(tmp_path, monkeypatch):
     assert (run.args.seed, run.args.steps, run.args.log_every, run.total) == ((1,), 100, 10, 50)
     train(run, learners, 100)  # and does not stop where seed 0 stands
     assert run.total == 100
+
+
+def test_a_script_without_a_docstring_runs(tmp_path, capsys):
+    script = tmp_path / "mine.py"
+    script.write_text("x = 1")
+    Run(Args(out=str(tmp_path)), [Counter(Args())], Data(), script, "", {})
+    assert "algorithm   mine" in capsys.readouterr().out
 
 
 def test_changed_code_is_told_and_kept(tmp_path, monkeypatch, capsys):
@@ -757,6 +826,18 @@ def test_a_signal_before_any_common_evaluation(tmp_path, monkeypatch):
         for _ in updates(run, "update", 200, evaluate=True):
             run.signal = 15
     assert stopped.value.code == 143 and not (run.root / "curve.png").exists()
+
+
+def test_seeds_of_which_one_was_never_evaluated_end_well(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        run, learners = make_run(tmp_path, seed=(seed,), eval_episodes=1 - seed, steps=20, eval_every=20)
+        train(run, learners, 20, evaluate=True)
+        run.finish()
+    run, learners = resumed(monkeypatch, "--resume", run.root)
+    train(run, learners, 20, evaluate=True)
+    run.finish()
+    assert "return" not in json.loads((run.root / "summary.json").read_text())
+    assert "over 2 seeds" not in capsys.readouterr().out
 
 
 def test_seeds_that_were_evaluated_apart_share_a_picture(tmp_path, monkeypatch):
@@ -1002,6 +1083,18 @@ def test_tensorboard_keeps_all_phases_after_a_kill(tmp_path, monkeypatch):
     assert curves["first/toy_loss"] == [10, 20, 30]
     assert curves["second/toy_loss"] == [40, 50, 60, 70, 80, 90]
     assert curves["eval/return"] == [50, 70, 90]
+
+
+def test_tensorboard_after_a_kill_before_the_first_checkpoint(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, checkpoint_every=100)
+    with pytest.raises(ZeroDivisionError):
+        for count, _ in enumerate(updates(run, "update", 60)):
+            learners[0].update()
+            1 / (count - 45)
+    run, learners = resumed(monkeypatch, "--resume", run.place)
+    train(run, learners, 60)
+    run.held.close()
+    assert tensorboard(run.place)["update/toy_loss"] == [10, 20, 30, 40, 50, 60]
 
 
 def test_cli_turns_errors_into_a_sentence(capsys):
