@@ -1569,7 +1569,8 @@ def apart(args, name):
     """Refuse a setting that names another run if this one would move it aside; make it absolute, for --resume."""
     source, new = Path(getattr(args, name)), new_folders(args, script_of(type(args)))
     setattr(args, name, os.path.abspath(source))
-    if not args.resume and any(folder.resolve().is_relative_to(source.resolve()) for folder in new.values()):
+    starts = not (args.resume or args.evaluate)
+    if starts and any(folder.resolve().is_relative_to(source.resolve()) for folder in new.values()):
         raise UserError(f"{flag(name)} {source} is where this run would be written: choose another --out")
 
 
@@ -1837,6 +1838,8 @@ def load_policy(Learner, Args, folder, device="cpu"):
     checkpoint = load_checkpoint(folder, device)
     args = replace(saved_run(folder, Args), device=device)
     learner = Learner(args, SimpleNamespace(**checkpoint["dims"]), args.seed[0])
+    if unknown := checkpoint["learner"].keys() - learner.state.keys():
+        raise UserError(f"{folder} holds no {Learner.__name__}, which has no {', '.join(sorted(unknown))}")
     set_state(learner.state, checkpoint["learner"])
     return policy_of(learner)
 

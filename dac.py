@@ -13,7 +13,7 @@ The improved policy pi*, in proportion to pi_b exp(Q / eta), is a diffusion mode
 chain. (Exact at t = 0 only: what it samples is greedier than pi*, see tests/benchmarks/claim_dac.py.)
 
     noised     x_t = sqrt(abar_t) a + w_t eps,  w_t = sqrt(1 - abar_t),  t in 1..T                      noise_schedule
-    gradient   g = grad_x mean_h Q_h(s, x) at x = x_t, over E |Q_h(s, a)|, a from the data     Eq. 19   q_gradient
+    gradient   g = grad_x mean_h Q_h(s, x) / E |Q_h(s, a)| at x = x_t, a from the data         Eq. 19   q_gradient
     actor      L_A = eta E |eps_theta(x_t, s, t) - eps|^2                                      Eq. 16   denoising_loss
                      + E w_t g . eps_theta(x_t, s, t)                                                   guidance_loss
                least at eps_theta = E[eps | x_t, s] - w_t g / (2 eta)                          Theorems 1, 2
@@ -42,7 +42,7 @@ chain. (Exact at t = 0 only: what it samples is greedier than pi*, see tests/ben
  7. P: E |Q| over the data                                  over the minibatch; g sees the mean of the target critics,
                                                             without pessimism
  8. C: the sampler's noise has variance 1 - alpha_t, not    the same, --no-clip-denoised. With T = 5 a spread of 0.2
-    the posterior's; x_0 is cut to the action box           in the data becomes 0.114
+    the posterior's; x_0 is cut to the action box           in the data becomes 0.114. "denoised" guidance always cuts
  9. P: neither gradient clipping nor decay                  norm 1 for each net, all critics together; both rates fall
                                                             to zero along a cosine: --lr-decay-steps
 10. C: from 2024-05-28 to 06-02 rho was divided by          the table is that of the last commit: --rho, --critic-lr
@@ -51,8 +51,9 @@ chain. (Exact at t = 0 only: what it samples is greedier than pi*, see tests/ben
 11. C: AntMaze-v0, rewards scaled by the range of returns   the same: rewards are 0 and 1000, without -1
 12. C: batches without replacement                          with
 13. C: bandits of 800 actions (3gaussians 1,200, moons and  10,000 with one draw each; 5,000 updates, decay over them,
-    circles 400) with new reward noise at each visit;       and one a', because every row is terminal
-    20,000 updates, decay over 2,000,000
+    circles 400) with new reward noise at each visit;       and one a', because every row is terminal; pictures cut at
+    20,000 updates, decay over 2,000,000; pictures cut      the data's largest |a|
+    at 1.45
 
 To lift this file out: bring `RunArgs`, `Metrics` and your data: `sample(batch_size, generator)` gives obs, action,
 reward, next_obs and terminal; `obs_dim`, `action_dim`, `max_action`; for `prepare` these columns of all rows in
@@ -97,14 +98,15 @@ class Args(RunArgs):
     actor_lr: float = 3e-4  # Learning rate of the actor (alpha_theta)
     lr_decay_steps: int | None = None  # Updates over which both rates fall to zero; --steps unless given
     tau: float = 0.005  # Rate of the target networks (alpha_ema)
-    actor_ema_every: int = 5  # Updates between moves of the target actor
+    actor_ema_every: int = 5  # Updates between moves of the target actor; --steps is rounded up to a multiple of it
     actor_ema_start: int = 1_000  # Updates during which the target actor keeps its random start
     critics: int = 10  # Size of the ensemble (H)
     rho: float = 1.0  # Pessimism, in standard deviations over the ensemble
     next_samples: int = 10  # Next actions per transition in the critic's target
     max_q_backup: bool = False  # Maximum instead of mean over the next actions, for each critic on its own
     diffusion_steps: int = 5  # Denoising steps (T)
-    clip_denoised: bool = True  # Cut the prediction of x_0 to the action box at each denoising step
+    # Cut the prediction of x_0 to the action box at each denoising step, as "denoised" guidance always does
+    clip_denoised: bool = True
     guidance: Literal["soft", "hard", "denoised"] = "soft"  # w_t g, g, or grad Q through the denoising chain
     guidance_scale: float = 1.0  # Factor on the guidance; 2 is Eq. 15
     eta: float = 1.0  # Weight of the noise regression, or where its dual ascent begins
@@ -153,7 +155,7 @@ EPS = 1e-6  # keeps a division by E |Q| finite
 
 
 class Mish(nn.Module):
-    """x tanh(softplus(x)); on a CPU, without gradient, as x (2 / d - 1), d = 1 + sigmoid(-x)^2: a third of the time."""
+    """x tanh(softplus(x)); on a CPU, without gradient, as x (2 / d - 1), d = 1 + sigmoid(-x)^2, which is faster."""
 
     def forward(self, x):
         if x.is_cuda or torch.is_grad_enabled():
@@ -236,6 +238,7 @@ def denoise(net, obs, action_dim, steps, generator, clip=None):
         noise = net(x, obs, torch.full((1, 1), float(t), device=obs.device))
         action = (x - math.sqrt(1 - alpha_bar[t]) * noise) / math.sqrt(alpha_bar[t])
         action = action if clip is None else action.clamp(-clip, clip)
+        # mean of x_{t-1} given x_t and x_0 = action, as in DDPM
         on_action = math.sqrt(alpha_bar[t - 1]) * (1 - alpha[t]) / (1 - alpha_bar[t])
         on_x = math.sqrt(alpha[t]) * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])
         x = on_action * action + on_x * x
@@ -327,7 +330,10 @@ class DAC:
         )  # fmt: skip
 
     def update(self):
-        """`actor_ema_every` iterations of Algorithm 1, the first of which moves the target actor."""
+        """`actor_ema_every` iterations of Algorithm 1; the first moves the target actor.
+
+        All in one call, because a captured update cannot ask which iteration it is.
+        """
         for i in range(self.args.actor_ema_every):
             batch = self.data.sample(self.args.batch_size, self.generator)
             self.critic_step(batch)
@@ -373,7 +379,8 @@ class DAC:
         # guidance, Eq. 19 and second term of Eq. 16
         gradient, scale = q_gradient(self.critic_target, batch.obs, batch.action, x)
         if args.guidance == "denoised":
-            action = self.sample_actions(self.actor, batch.obs, self.generator)
+            dims, box = self.data.action_dim, self.data.max_action  # cut even with --no-clip-denoised, as in C
+            action = denoise(self.actor, batch.obs, dims, args.diffusion_steps, self.generator, box)
             q_loss = -self.critic_target(batch.obs, action).mean() / (scale + EPS)
         else:
             q_loss = guidance_loss(predicted, gradient, w if args.guidance == "soft" else 1)

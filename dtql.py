@@ -37,8 +37,8 @@ L_TR raises) and 9 (SDS, not used) only argue.
  5. P: Table 4 has one learning rate for each dataset       the critic's is 3e-4 on all of them: --critic-lr
  6. P: log pi(a | s)                                        of atanh(a / 1.001), without the tanh's Jacobian, which
                                                             theta cannot change
- 7. P: does not say which critics are read                  V and actor: online; the choice of 1024: target, which rests
-                                                            in `pretrain`, where V learns too
+ 7. P: Alg. 1's target critics stand in no equation         they choose among the 1024; V and actor read the online ones
+                                                            (Eq. 5, 6). In `pretrain` they rest, and V learns too
  8. P: "4-layer" denoiser, "3-layer" actor                  5 linear layers, the first without activation; 3 hidden
                                                             layers, orthogonal; log std in [-5, 2]; LayerNorm in Q only
  9. P: which datasets decay the learning rate, not how      cosine to zero, all optimisers, from `update` on
@@ -50,8 +50,8 @@ L_TR raises) and 9 (SDS, not used) only argue.
                                                             at noise level 2.5, actions unbounded. Not as in C: |a - mu|
                                                             in the weight is kept above 1e-8
 13. C: bandits take all 10,000 points as one batch, 256     512 drawn, 64 wide (--batch-size 10000 --hidden 256); in
-    wide, and weigh Q by 5 in swissroll-far                 swissroll-far alpha is 0.2. Three of P's five pictures of
-                                                            the trust region are of seed 2
+    wide, and weigh Q by 5 in swissroll-far (trust region   swissroll-far alpha is 0.2 (with kl as in C: --alpha 1).
+    only)                                                   Three of P's five pictures of the trust region are of seed 2
 14. P: Sec. 4.3: EDM breaks the condition of Theorem 1      App. B's sigma (not EDM's log-normal one) meets it: L_TR =
                                                             -(2 / A) E log p(a + sigma n) + const, p the noised data,
                                                             A action dimensions, for an exact mu, unclamped
@@ -259,7 +259,7 @@ def sample_sigma(batch_size, generator):
 
     With scale 1/2 its distribution function is 1 - c_skip(sigma), so a uniform c_skip gives sigma in closed form.
     """
-    low, high = (SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2) for sigma in (SIGMA_MAX, SIGMA_MIN))
+    low, high = (SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2) for sigma in (SIGMA_MAX, SIGMA_MIN))  # of c_skip
     u = torch.rand(batch_size, 1, dtype=torch.float64, device=generator.device, generator=generator)
     c_skip = low + (high - low) * u
     return (SIGMA_DATA * ((1 - c_skip) / c_skip).sqrt()).float()
@@ -285,7 +285,10 @@ def denoising_loss(net, obs, action, generator, clip=None):
 
 
 def kl_loss(real, fake, obs, action, generator, clip=None):
-    """Eq. 8 as a surrogate: its gradient in `action` is [(D_fake - D_real) / |a - D_real|_1] / B, at one point."""
+    """A loss whose gradient in `action` is App. C's for Eq. 8: (D_fake - D_real) / |a - D_real|_1 for each row, over B.
+
+    Both denoisers see one noisy point.
+    """
     sigma = sample_sigma(len(action), generator)
     noisy = action + sigma * torch.randn(action.shape, device=action.device, generator=generator)
     with torch.no_grad():
@@ -438,7 +441,7 @@ class DTQL:
         obs = obs.repeat_interleave(k, dim=0)
         action = self.sample_actions(obs, generator)
         q = self.critic_target(obs, action).amin(0).view(n, k)
-        if self.args.eval_select == "softmax":  # a Gumbel draw: argmax of q - log(exponential)
+        if self.args.eval_select == "softmax":  # argmax of q + Gumbel noise, -log(exponential), is a draw
             q = q - torch.empty_like(q).exponential_(generator=generator).log()
         return action.view(n, k, -1)[torch.arange(n, device=obs.device), q.argmax(1)]
 

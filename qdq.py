@@ -10,8 +10,8 @@ Official code (JAX): github.com/evalarzj/qdq, commit f083a57 (score and consiste
     python qdq.py --env bandit-8gaussians      # a 2-D example; result: bandit.png
 
 A generative model of the returns seen after (s, a) says how uncertain Q is there: its samples, says the paper, spread
-more for actions far from the data (but see difference 13). Where they spread most, the critic's target is divided by
-their spread.
+more for actions far from the data (but see difference 13). Where they spread most, a second, pessimistic target of the
+critic divides Q' by their spread.
 
     returns     G(s_b, a_b) = sum_{i < 200} gamma^i r_{b+i},  scaled to x in [-1, 1]   Eq. 5  return_dataset
     score       L = E w(t) (D(x + t z, t | s, a) - x)^2                                       score_loss
@@ -38,8 +38,9 @@ their spread.
                                                             1 + 0.1 (1 - 1/H) on U: --penalty
  4. P: Eq. 9 draws a from pi                                its mean; AntMaze except umaze-diverse extracts the policy
                                                             by AWR: --actor-loss
- 5. C: target action: the target policy's mean, or where    --no-target-sample is a setting of its own (in antmaze-
-    w_bc > 0 a draw from it, plus TD3 noise                 medium-diverse sampling is all that w_bc does)
+ 5. C: target action: the target policy's mean, or where    a setting of its own: --no-target-sample belongs to
+    w_bc > 0 a draw from it, plus TD3 noise                 --bc-coef 0 (in antmaze-medium-diverse sampling is all
+                                                            that w_bc does)
  6. P: Eq. 6 divides by n - 1; Eq. 5 discounts from the     by n; from the start of the window. An episode of up to 200
     start of the episode                                    steps gives one window, a longer one at most 100
  7. P: three hidden layers                                  AntMaze: two (--layers), and LayerNorm in the critic for the
@@ -50,8 +51,8 @@ their spread.
     see the highest noise level (80), where it is sampled   f' begins as a copy and keeps f's Fourier frequencies
     later; f' has weights and Fourier frequencies of its
     own, which the moving average moves
-10. C: RAdam for the consistency model                      Adam with RAdam's factor on its rate: without the first five
-                                                            updates, of plain momentum
+10. C: RAdam for the consistency model                      Adam with RAdam's factor on its rate; RAdam's first five
+                                                            updates, of plain momentum, are left out
 11. C: batches without replacement; actions clipped to      neither
     1 - 1e-5
 12. C: all seeds share one score and consistency model      each trains its own without --reuse
@@ -121,13 +122,15 @@ class Args(RunArgs):
     actor_lr: float = 3e-4  # Learning rate of the actor, cosine to half
     tau: float = 0.005  # Rate of the target networks (kappa in Alg. 1)
     alpha: float = 0.992  # Weight of the plain Bellman error, Eq. 7
-    beta: float = 0.9  # Quantile of H above which an action is uncertain, and the factor of Q below it, Eq. 8
-    # Target on / off the uncertain set: Q / H, beta Q (Eq. 8); Q / H, Q; (1 + 0.1 (1 - 1/H)) Q, Q
+    beta: float = 0.9  # Quantile of H above which an action is uncertain; --penalty paper: also Q's factor below, Eq. 8
+    # Factor of Q on / off the uncertain set. paper: 1/H, beta (Eq. 8); keep: 1/H, 1; mild: 1 + 0.1 (1 - 1/H), 1
     penalty: Literal["paper", "keep", "mild"] = "paper"
     q_samples: int = 50  # Samples of the consistency model for each H (n in Eq. 6)
     # Policy gradient with likelihood (Eq. 9) or advantage-weighted regression
     actor_loss: Literal["pg", "awr"] = "pg"
-    bc_coef: float = 0.8  # Weight of the likelihood of the data's actions (gamma in Eq. 9); pg only
+    # Weight of the likelihood of the data's actions (gamma in Eq. 9), pg only. At 0 nothing trains the policy's spread:
+    # then add --no-target-sample
+    bc_coef: float = 0.8
     target_sample: bool = True  # Draw the target action from the target policy, before the TD3 noise
     clip_grad: float = 10.0  # Largest norm of the critics' gradient
     hidden: int = 256  # Width of critics and actor
@@ -401,7 +404,7 @@ def cosine(step, steps):
 
 def rectified(step):
     """RAdam (Liu et al. 2020) as a factor of Adam's learning rate after `step` updates (difference 10)."""
-    t, longest = step.double() + 1, 1999.0
+    t, longest = step.double() + 1, 1999.0  # 2 / (1 - 0.999) - 1
     length = longest - 2 * t * 0.999**t / (1 - 0.999**t)  # of the average that estimates the variance
     ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
     return torch.where(length > 5, ratio.sqrt(), 0.0)
@@ -576,12 +579,12 @@ def truncated_returns(reward, end, gamma, window, stride, most=100):
     last = end.nonzero().squeeze(1)
     first = torch.cat([last.new_zeros(1), last[:-1] + 1])
     length = last - first + 1
-    count = (1 + (length - window + stride - 1).clamp_min(0) // stride).clamp_max(most)
-    episode = torch.arange(len(count)).repeat_interleave(count)
-    number = torch.arange(len(episode)) - (count.cumsum(0) - count)[episode]
+    count = (1 + (length - window + stride - 1).clamp_min(0) // stride).clamp_max(most)  # windows of each episode
+    episode = torch.arange(len(count)).repeat_interleave(count)  # of each window
+    number = torch.arange(len(episode)) - (count.cumsum(0) - count)[episode]  # of each window in its episode
     start = first[episode] + stride * number
     total = torch.zeros(len(start), dtype=torch.float64)
-    for i in reversed(range(window)):
+    for i in reversed(range(window)):  # from the last reward back
         row = start + i
         inside = row <= last[episode]
         total = torch.where(inside, reward[row.clamp_max(len(reward) - 1)] + gamma * total, 0.0)
@@ -597,7 +600,8 @@ def return_dataset(data, gamma, window, stride):
     start, value = truncated_returns(data.reward.double(), end, gamma, window, stride)
     q_min, q_max = value.min(), value.max()
     if q_min == q_max:
-        raise UserError(f"all truncated returns in {data.name} are {q_min:g}: there is no distribution to learn")
+        all_of = f"all {len(value):,} truncated returns in {data.name} are {q_min:g}"
+        raise UserError(f"{all_of}: no distribution to learn (a shorter --window gives more of them)")
     x = 2 * (value - q_min) / (q_max - q_min) - 1
     q_rows = torch.cat([data.obs[start], data.action[start], x.float()[:, None]], dim=1)
     return q_rows, torch.stack([q_min, q_max]).float()
@@ -652,7 +656,8 @@ def draw_uncertainty(learner, data, path):
 
 
 UNUSED = "score_steps consistency_steps score_lr consistency_lr levels consistency_tau init_from_teacher".split()
-SHARED = "fingerprint reward_offset gamma window window_stride return_hidden".split()  # what both were made with
+# What both were made with
+SHARED = "fingerprint reward_offset batch_size gamma window window_stride return_hidden".split()
 
 
 def load_models(learners):
@@ -671,7 +676,8 @@ def load_models(learners):
 
 def check(args, given):
     at_least(args, 1, "window_stride", "hidden", "layers")
-    at_least(args, args.window_stride, "window")  # else a window could begin beyond its episode
+    if not args.window >= args.window_stride:  # else a window could begin beyond its episode
+        raise UserError(f"--window must be at least {args.window_stride}, the --window-stride, found {args.window}")
     at_least(args, 2, "q_samples")
     at_least(args, 3, "levels")
     at_least(args, 0, "score_steps", "consistency_steps", "gamma", "tau", "consistency_tau", "alpha", "beta")

@@ -16,7 +16,7 @@ climbs Q while the diffusion model's score holds it back; nothing is ever sample
     value       L_V  = E |tau - 1(u < 0)| u^2,  u = min(target Q1, Q2)(s, a) - V(s)  Eq. 11      expectile_loss
     critic      L_Q  = E (r + gamma V(s') - Q_i(s, a))^2                             Eq. 12      critic_update
     behaviour   L_mu = E |eps(a_t, t | s) - n|^2,  eps = -sigma_t score of a_t       Eq. 6, 13   denoising_loss
-    policy      max  E Q(s, pi(s)) - 1/beta E omega(t) sigma_t / alpha_t KL(pi_t || mu_t)   Eq. 14, with one t Eq. 8
+    policy      max  E Q(s, pi(s)) - 1/beta E omega(t) sigma_t / alpha_t KL(pi_t || mu_t)   Eq. 14 (nearly 8 at t = .02)
     its gradient in a = pi(s):
                 grad_a Q(s, a) - 1/beta E omega(t) (eps(a_t, t | s) - n)   Eq. 15, 10  q_gradient, score_gradient
 
@@ -278,7 +278,7 @@ def expectile_loss(u, expectile):
 
 
 def denoising_loss(behavior, obs, action, generator):
-    """E |eps(a_t, t | s) - noise|^2, a sum over the dimensions of the action, Eq. 13; the generator drops out too."""
+    """E |eps(a_t, t | s) - noise|^2, summed over the dimensions of the action, Eq. 13; dropout draws too."""
     t, noisy, noise = diffuse(action, BEHAVIOR_T, generator)
     return ((behavior(noisy, obs, t, generator) - noise) ** 2).sum(-1).mean()
 
@@ -300,7 +300,7 @@ def q_gradient(critic, obs, action, norm="none"):
 def score_gradient(behavior, obs, action, generator, weighting="sigma2", t_range=POLICY_T, subtract_baseline=True):
     """omega(t) (eps(a_t, t | s) - noise) [B, A]: the direction away from the data, by the behaviour model's score.
 
-    Its Jacobian is left out, as in score distillation.
+    This is the gradient of Eq. 14's KL divergence itself: nothing goes back through the behaviour model.
     """
     t, noisy, noise = diffuse(action, t_range, generator)
     eps = behavior(noisy, obs, t)

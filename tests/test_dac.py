@@ -445,8 +445,8 @@ def test_actions_stay_in_the_box():
     ],
 )
 def test_guidance(guidance, scale, loss):
-    """Q = 2 + 2 a, so g = 1 at data that are 0; eta = 0 leaves the guidance; the actor says 1 (or samples 1)."""
-    learner = make_learner(1, 1, eta=0.0, eta_lr=0.0, guidance=guidance, guidance_scale=scale)
+    """Q = 2 + 2 a, so g = 1 at data that are 0; eta = 0 leaves the guidance; the actor says 1 (or samples 1, cut)."""
+    learner = make_learner(1, 1, eta=0.0, eta_lr=0.0, guidance=guidance, guidance_scale=scale, clip_denoised=False)
     actor = Affine(1)
     with torch.no_grad():
         actor.k.zero_()
@@ -488,7 +488,7 @@ def test_pieces_of_trajectories():
     assert dac.piece_returns(data).tolist() == [0, 1, 1]
     dac.prepare(data)
     assert data.reward.tolist() == [0, 0, 0, 0, 1000, 0, 1000]
-    assert data.action.abs().max() <= 1 - 1e-5 and data.action[1] == pytest.approx(-0.75)
+    assert data.action.abs().max() == pytest.approx(1 - 1e-5, abs=1e-6) and data.action[1] == pytest.approx(-0.75)
 
 
 def test_rewards_of_locomotion_span_1000():
@@ -526,3 +526,27 @@ def test_bandit_run_draws_a_figure(tmp_path, monkeypatch):
     folder = tmp_path / "dac" / "bandit-moons" / "seed0"
     assert (folder / "bandit.png").stat().st_size > 10_000
     assert common.load_checkpoint(folder)["learner"]["step"] == 5  # in one call
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--time-dim 5", "--time-dim must be an even number"),
+        ("--lr-decay-steps 0", "--lr-decay-steps must be at least 1"),
+        ("--diffusion-steps 0", "--diffusion-steps must be at least 1"),
+        ("--eta -1", "--eta must be at least 0"),
+        ("--gamma 2", "--gamma must be at most 1"),
+        ("--critics 1 --rho 2", "--rho does nothing with one critic"),
+        ("--next-samples 1 --max-q-backup", "--max-q-backup does nothing with one next action"),
+        ("--guidance-scale 0 --guidance hard", "--guidance does nothing with --guidance-scale 0"),
+        ("--eta-lr 0 --bc-threshold 1", "--bc-threshold does nothing with a fixed eta"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dac.py", "--device", "cpu", *flags.split()])
+    monkeypatch.setattr(dac, "load_dataset", None)  # before anything is read
+    with pytest.raises(SystemExit) as stop:
+        common.cli(dac.main)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

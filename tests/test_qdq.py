@@ -395,6 +395,13 @@ class FreeActor(nn.Module):
         return self.mean.expand(len(obs), -1), self.log_std
 
 
+@pytest.mark.parametrize("value, bound", [(-9.0, -5), (1.5, 1.5), (9.0, 2)])
+def test_bounds_of_the_spread(value, bound):
+    actor = qdq.Actor(3, 2, 8, 2, 1.0)
+    actor.log_std.data.fill_(value)
+    assert (actor(torch.zeros(1, 3))[1] == bound).all()
+
+
 @pytest.mark.parametrize("bc_coef, mean, log_std", [(0.8, -0.21572, -1.52771), (0.0, 0.5, 0.3)])
 def test_equilibrium_of_value_and_likelihood(bc_coef, mean, log_std):
     """Q = -(a - .5)^2 against data of mean -.3 and variance .04: no gradient is left there."""
@@ -633,9 +640,12 @@ def run_folder(tmp_path, out="a"):
     return Path(tmp_path / out / "qdq" / "pendulum-demo-medium" / "seed0")
 
 
-def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path, capsys):
-    first = start("--score-steps", 3, "--consistency-steps", 5)["learner"]
+def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path, capsys, monkeypatch):
+    own = "--levels 9 --score-lr 0.1 --consistency-lr 0.2 --consistency-tau 0.5 --init-from-teacher".split()
+    first = start("--score-steps", 3, "--consistency-steps", 5, *own)["learner"]
     second = start("--reuse", run_folder(tmp_path), out="b")["learner"]
+    one, two = (common.read_about(run_folder(tmp_path, *place))["args"] for place in ((), ("b",)))
+    assert one["levels"] == 9 and all(one[name] == two[name] for name in qdq.UNUSED)
     for name in ("score", "consistency", "consistency_target"):
         assert all(torch.equal(first[name][key], second[name][key]) for key in first[name])
     assert torch.equal(first["q_range"], second["q_range"]) and second["score_count"] == 0 < first["score_count"]
@@ -651,10 +661,16 @@ def test_reuse_takes_the_models_and_skips_their_phases(start, tmp_path, capsys):
     capsys.readouterr()
     start("--reuse", run_folder(tmp_path, "b"), out="c")  # a run that reused can be reused
     assert "score model after 3, consistency model after 5 updates" in capsys.readouterr().out
+    start("--reuse", run_folder(tmp_path), "--seed", 3)
+    beside = run_folder(tmp_path).with_name("seed3")  # --evaluate writes no run, whatever its seed
+    monkeypatch.setattr(sys, "argv", f"qdq.py --evaluate {beside} --seed 0 --eval-episodes 1".split())
+    qdq.main()
+    assert "over 1 episodes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "name, value", [("return_hidden", 32), ("reward_offset", 5.0), ("gamma", 0.5), ("window", 9), ("window_stride", 3)]
+    "name, value",
+    dict(return_hidden=32, reward_offset=5.0, batch_size=16, gamma=0.5, window=9, window_stride=3).items(),
 )
 def test_reuse_compares(name, value, monkeypatch):
     learner, theirs = make_learner(**{name: value}), make_learner()
@@ -755,19 +771,21 @@ MOVED |= dict.fromkeys(ACTOR, "actor")
 def trained(**settings):
     """The networks as bytes."""
     learner = make_learner(**dict(steps=100, score_steps=100, consistency_steps=100, alpha=0.5) | settings)
-    for update in (learner.score_update, learner.consistency_update, learner.policy_update) * 4:
-        update()
+    for update in (learner.score_update, learner.consistency_update, learner.policy_update):
+        for _ in range(4):
+            update()
     return {name: [weight.detach().numpy().tobytes() for weight in getattr(learner, name).parameters()]
             for name in ("score", "consistency", "critic", "actor")}  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", MOVED)
 def test_every_setting_moves_its_network(flag):
-    """And not those of the phases before its own, except by the shape of what is drawn for them."""
+    """And not those of the phases before its own."""
     value = (RETURNS | DISTILLED | CRITIC | ACTOR)[flag]
     usual, changed = trained(), trained(**{flag: value})
     moved = [name for name in usual if usual[name] != changed[name]]
-    assert MOVED[flag] in moved
+    earlier = dict(score=[], consistency=["score"]).get(MOVED[flag], ["score", "consistency"])
+    assert MOVED[flag] in moved and not set(earlier) & set(moved)
 
 
 @pytest.mark.parametrize(

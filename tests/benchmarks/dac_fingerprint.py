@@ -38,7 +38,9 @@ def main():
     parser.add_argument("--data-path")
     options = parser.parse_args()
     args = replace(Args(), env=ENV, device=options.device, **PAPER[ENV])  # the cosine spans the paper's 2M updates
-    data = prepare(load_dataset(ENV, options.data_path)).to(options.device)
+    data = load_dataset(ENV, options.data_path)
+    prepare(data)
+    data = data.to(options.device)
     learner = DAC(args, data, options.seed)
     update, failures = capture([learner], "update"), []
     for n in range(0, max(OFFICIAL) + 1, args.actor_ema_every):
