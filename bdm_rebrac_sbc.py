@@ -51,18 +51,18 @@ critics (--sbc-only, App. C) L_Q is left out.
                                                       critics that nothing reads; not here
  9. P: alpha_i; s_f ~ d(. | s, a), eps(s'_i, i)       abar_i; s_f ~ d(. | s', a'), as in Alg. 1; eps(s'_i, s, a, i)
 10. C: s_f in L_s is G + 1 steps on, across time      X: G ~ Geometric(1 - gamma) steps on in its episode, for ever in a
-    limits too and from a terminal row, none beyond   terminal state, none beyond a time limit. Missing ones are
-    a later terminal                                  zeros in L_s; there are, of all, in C and X on SAC's data:
-                                                      Hopper medium 0.842, 0.984; replay 0.559, 0.999;
-                                                      HalfCheetah medium 1.000, 0.903
-11. P: no sampler, no K. C: DDPM, K = 10, the         X: at that level: N(1, 1) comes out with mean 0.98, not 0.76
+    limits too and from a terminal row, none beyond   terminal state, none beyond a time limit. Where there is none
+    a later terminal                                  L_s counts a zero. Share that have one, C and X, data made with
+                                                      SAC: Hopper medium 0.841, 0.984; replay 0.559, 0.999;
+                                                      HalfCheetah medium 1.000, 0.901
+11. P: no sampler, no K. C: DDPM, K = 10, the         X: at the step's: N(1, 1) comes out with mean 0.98, not 0.76
     network called one level above the step's
 12. C: the BDM ignores terminals                      X: a terminal s' is its own future: gamma (1 - terminal)
-13. C: the chain starts at the n that noises s_f      X: at a draw of its own. With 12, L_BDM differs by 14 to 28 %
+13. C: the chain starts at the n that noises s_f      X: at a draw of its own
 14. C: critics' penalty [B], values [B, 1], target    X: each sample's own penalty
     [B, B]: each sample is given the mean penalty
 15. ReBRAC's authors (CORL, eeeeef2): hidden biases   --rebrac, and the rows of REBRAC that TABLE3 lacks; else
-    0.1, last layers within 1e-3 (pi), 3e-3 (Q)       PyTorch's start (Q 20 to 33 % higher after 250 to 1,000
+    0.1, last layers within 1e-3 (pi), 3e-3 (Q)       PyTorch's start (Q 16 to 33 % higher after 250 to 1,000
                                                       updates, 2 to 5 % after 12,000)
 16. They: LayerNorm's eps 1e-6; pi' follows pi from   --rebrac; else 1e-5; after its step
     before its step
@@ -117,7 +117,8 @@ class Args(RunArgs):
     corrected: bool = False  # Without the slips of the author's code: differences 2 and 10 to 14
     sbc_only: bool = False  # Imitation alone: no critics, no L_Q (App. C)
     rebrac: bool = False  # ReBRAC as its own authors run it, without a BDM
-    bdm_only: str | None = None  # Train the BDM alone: of the data's policy (`data`), or of a run's, by its folder
+    # Train the BDM alone, without evaluations: of the data's policy (`data`), or of a run's, by its folder
+    bdm_only: str | None = None
     gamma: float = 0.99  # Discount, of rewards and of future states
     bdm_lr: float = 1e-3  # Learning rate of the BDM (lr_diffusion in Table 4)
     critic_lr: float = 1e-3  # Learning rate of the critics
@@ -357,7 +358,10 @@ def state_loss(net, obs, action, futures, weights, level, noise):
 
 
 def rebrac_target(next_q, penalty, batch, gamma, critic_bc, own_penalty):
-    """ReBRAC's target: next_q [B] of the target critics at a', penalty [B] = |a' - a'_data|^2, own or averaged."""
+    """ReBRAC's target: next_q [B] of the target critics at a', penalty [B] = |a' - a'_data|^2.
+
+    Each row has its own penalty, or all have the batch's mean with terminal rows as zeros (difference 14).
+    """
     if not own_penalty:
         penalty = ((1 - batch.terminal) * penalty).mean()
     return batch.reward + gamma * (1 - batch.terminal) * (next_q - critic_bc * penalty)
@@ -368,9 +372,8 @@ class Futures:
 
     def __init__(self, data, gamma, corrected):
         self.data, self.gamma, self.corrected = data, gamma, corrected
-        rows = torch.arange(len(data), device=data.rows.device)
-        ends = torch.cat([data.episode.diff() != 0, torch.ones_like(data.episode[:1], dtype=torch.bool)])
-        self.last = rows[ends][torch.searchsorted(rows[ends], rows)]  # last row of each row's episode
+        length = data.episode.unique_consecutive(return_counts=True)[1]
+        self.last = (length.cumsum(0) - 1).repeat_interleave(length)  # last row of each row's episode
         self.terminals = data.terminal.cumsum(0)
 
     def draw(self, index, k, generator):
@@ -483,7 +486,7 @@ class BDM:
         args = self.args
         with torch.no_grad():
             next_q = self.critic_target(batch.next_obs, next_action).amin(0)
-            penalty = self.distance(next_action, batch.next_action)
+            penalty = self.distance(next_action, batch.next_action)  # the policy's a' from the data's
             own_penalty = args.corrected or args.rebrac
             target = rebrac_target(next_q, penalty, batch, args.gamma, args.critic_bc, own_penalty)
         q = self.critic(batch.obs, batch.action)
@@ -522,7 +525,7 @@ class BDM:
 
         # L_s: near the data's future states
         if self.has_bdm:
-            state_loss = self.state_loss(batch.obs, action, index)
+            state_loss = self.state_term(batch.obs, action, index)
             actor_loss = actor_loss + args.w_s**2 * state_loss
             self.metrics.add(state_loss=state_loss)
 
@@ -540,7 +543,7 @@ class BDM:
             update_target(self.actor_target, self.actor, args.tau)
         self.metrics.add(actor_loss=actor_loss)
 
-    def state_loss(self, obs, action, index):
+    def state_term(self, obs, action, index):
         """L_s with futures, levels and noise drawn for each row."""
         args, generator = self.args, self.generator
         futures, valid = self.futures.draw(index, args.num_futures, generator)
@@ -609,7 +612,7 @@ def load_actor(folder, data, device):
     learner = load_learner(folder, device)
     if learner.args.bdm_only:
         raise UserError(f"{folder} was made with --bdm-only and holds no policy")
-    if (learner.data.obs_dim, learner.data.action_dim) != (data.obs_dim, data.action_dim):
+    if any(getattr(learner.data, name) != getattr(data, name) for name in ("obs_dim", "action_dim", "max_action")):
         raise UserError(f"{folder} ran on {learner.args.env}, which has other states or actions than {data.name}")
     return learner
 
@@ -711,10 +714,9 @@ def main():
     data = load_dataset(args.env, args.data_path, judge=args.eval_episodes > 0, true_next_obs=True)
     if args.w_s or not args.sbc_only:
         data.need_order("next actions and the states that follow")
-    policy, follows = None, args.bdm_only not in (None, "data")  # the policy of another run
+    follows = args.bdm_only not in (None, "data")  # the policy of another run
     if follows and not args.resume:
-        policy = load_actor(args.bdm_only, data, args.device)
-        args.hidden = policy.args.hidden
+        args.hidden = load_actor(args.bdm_only, data, args.device).args.hidden
     data.reward.mul_(args.reward_scale)
     mean, std = (0.0, 1.0) if args.rebrac else standardize(data)
     data = data.to(args.device)
@@ -722,11 +724,9 @@ def main():
     futures = Futures(data, args.gamma, args.corrected) if learners[0].has_bdm else None
     for learner in learners:
         learner.use_data(futures, mean, std)
-        if policy:
-            learner.use_policy(policy)
     phases = dict(update=args.steps)
     run = Run(args, learners, data, __file__, PROTOCOL, phases)
-    if follows and not (policy or run.phase):  # resumed, but there was no checkpoint yet
+    if follows and not run.phase:  # no checkpoint, which would hold it
         for learner in learners:
             learner.use_policy(load_actor(args.bdm_only, data, args.device))
 

@@ -19,7 +19,7 @@ A flow-GAN learns the density p(s, a) of the data and is frozen. Then TD3 climbs
     actor         max E min_i Q_i(s, pi(s)) subject to -log p(s, pi(s)) < epsilon    Eq. 7, --alpha-mode dual
     as trained    min alpha(t) E [log p(s, a) - log p(s, pi(s))] - 1(t >= t_Q) E min_i Q_i(s, pi(s))         actor_step
 
-    Algorithm 1  first loop, --behavior-steps updates of D, with a fifth as many of the flow                   pretrain
+    Algorithm 1  first loop, --behavior-steps updates of D, one of the flow after each five                    pretrain
                  second loop, --steps updates t = 0, 1, ...: critics, actor, targets                             update
 
 The actor first follows the density alone, the critics join at t = --critic-start, Q at t_Q = --q-start; alpha(t)
@@ -99,7 +99,8 @@ from common import (
 @dataclass
 class Args(RunArgs):
     # CPED
-    behavior_steps: int = 500_000  # Updates of the discriminator in the first phase, with a fifth as many of the flow
+    # Updates of the discriminator in the first phase; the flow has one after each --discriminator-steps of them
+    behavior_steps: int = 500_000
     critic_start: int = 30_000  # Update of the second phase from which the critics learn
     q_start: int = 50_000  # Update of the second phase from which the actor climbs Q (t_Q)
     gamma: float = 0.99  # Discount
@@ -273,7 +274,10 @@ class Flow(nn.Module):
         return (action, obs) if self.conditional else (torch.cat([obs, action], dim=-1), obs[:, :0])
 
     def forward(self, x, context):
-        """z = f(x): couplings 0, 2, ... shift x2 by a function of x1, the others x1 by one of x2 (not if it is all)."""
+        """z = f(x): couplings 0, 2, ... shift x2 by a function of x1, the others x1 by one of x2.
+
+        One dimension is all x2: there every coupling shifts it by a function of the context.
+        """
         halves = list(x.split(self.sizes, dim=-1))
         for i, net in zip(self.reads, self.nets):
             halves[1 - i] = halves[1 - i] + net(torch.cat([halves[i], context], dim=-1))
@@ -444,11 +448,10 @@ class CPED:
         action = self.actor(batch.obs)
 
         # density: -log p(s, pi(s)) - epsilon, at most 0 in Eq. 7
-        if self.args.epsilon is None:
+        epsilon = self.args.epsilon
+        if epsilon is None:
             with torch.no_grad():
                 epsilon = self.behavior.nll(batch.obs, batch.action).mean()
-        else:
-            epsilon = self.args.epsilon
         excess = self.behavior.nll(batch.obs, action).mean() - epsilon
 
         # Q, from t_Q on

@@ -550,6 +550,8 @@ def straight_line(learner, updates):
             eta = beta[i] / (alpha[i] * (1 - abar[i]))
             if args.eta == "code":
                 eta = eta / ((beta / (alpha * (1 - abar))).mean() if corrected else eta.mean())
+            elif args.eta == "paper":
+                eta = beta[i] ** 2 * alpha[i] * (1 - alpha[i])
             else:
                 eta = torch.ones_like(eta)
             net = bdm if args.actor_bdm == "online" else bdm_old
@@ -576,7 +578,7 @@ def straight_line(learner, updates):
 MODES = {
     "author": {}, "corrected": dict(corrected=True), "author, sbc": dict(sbc_only=True),
     "corrected, sbc": dict(sbc_only=True, corrected=True),
-    "online, equal weights": dict(actor_bdm="online", eta="uniform"),
+    "online, equal weights": dict(actor_bdm="online", eta="uniform"), "paper's weights": dict(eta="paper"),
     "no state term": dict(w_s=0.0), "corrected, no state term": dict(w_s=0.0, corrected=True),
     "rebrac": dict(rebrac=True, w_s=0.0), "cloning": dict(sbc_only=True, w_s=0.0),
 }  # fmt: skip
@@ -797,7 +799,11 @@ def test_settings_of_each_algorithm(parse, command):
         "--env pen-human-v1 --w-s 0.1", "--sbc-only --critic-bc 1", "--sbc-only --reward-scale 2", "--hidden 0",
         "--w-s 0 --eta paper", "--w-s 0 --num-futures 2", "--bdm-only data --w-a 1", "--bdm-only data --w-s 1",
         "--bdm-only data --hidden 8", "--sbc-only --w-s 0 --corrected", "--sbc-only --w-s 0 --gamma 0.9",
-        "--sbc-only --w-s 0 --tau 0.1", "--num-futures 0",
+        "--sbc-only --w-s 0 --tau 0.1", "--num-futures 0", "--bdm-hidden 0", "--sbc-only --critic-lr 1",
+        "--rebrac --bdm-only data",
+        *(f"--bdm-only data --{name} 1" for name in ("actor-lr", "critic-lr", "num-futures", "critic-bc")),
+        *(f"--bdm-only data --{flag}" for flag in ("reward-scale 2", "eta paper", "actor-bdm online")),
+        *(f"--w-s 0 --{flag}" for flag in ("bdm-lr 1", "bdm-hidden 8", "actor-bdm online")),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_go_together_are_refused(parse, flags):
@@ -865,14 +871,22 @@ def test_main_leaves_states_raw_for_rebrac_and_takes_the_policy_that_a_bdm_alone
     seen = around(rebrac=True, w_s=0.0)
     assert torch.equal(seen["data"].obs, toy_data().obs) and torch.equal(seen["data"].next_obs, toy_data().next_obs)
     assert seen["learners"][0].obs_mean.eq(0).all() and seen["learners"][0].obs_std.eq(1).all()
-    policy = make_learner(hidden=16, seed=1)
+    policy = make_learner(hidden=16, seed=7)
     monkeypatch.setattr(script, "load_actor", lambda folder, data, device: {"run": policy}[folder])
-    seen = around(bdm_only="run", w_s=0.0)
+    seen = around(bdm_only="run", w_s=0.0, seed=(0, 1), checkpoint=False)
     assert type(seen["learners"][0]) is script.BDMOnly and seen["asked"][1]["evaluate"] is False
-    assert torch.equal(flat(seen["learners"][0].actor), flat(policy.actor)) and seen["args"].hidden == 16
+    assert all(torch.equal(flat(learner.actor), flat(policy.actor)) for learner in seen["learners"])
+    assert len(seen["learners"]) == 2 and seen["args"].hidden == 16
     around(bdm_only="gone", w_s=0.0, resume=True)  # its checkpoint holds the policy
     seen = around(bdm_only="run", w_s=0.0, hidden=16, resume=True, checkpoint=False)
     assert torch.equal(flat(seen["learners"][0].actor), flat(policy.actor))
+
+
+def test_cloning_actions_alone_needs_no_order(around, monkeypatch):
+    monkeypatch.setattr(common.Dataset, "need_order", lambda *_: 1 / 0)
+    around(sbc_only=True, w_s=0.0)
+    with pytest.raises(ZeroDivisionError):
+        around(sbc_only=True, w_s=0.1)
 
 
 @pytest.fixture
@@ -901,6 +915,20 @@ def test_runs_of_all_kinds(start, capsys, monkeypatch):
     future = script.sample_futures(folder, obs, action, n=7)
     assert future.shape == (5, 7, 3) and np.isfinite(future).all()
     assert np.array_equal(future, script.sample_futures(folder, obs, action, n=7))
+    assert not np.array_equal(future, script.sample_futures(folder, obs, action, n=7, seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(BDM, "sample_futures", lambda self, obs, action, _: obs + action)
+        own = script.sample_futures(folder, obs, obs[:, :1], n=7)
+    assert np.allclose(own, (obs + obs[:, :1])[:, None])  # of each row
+    corrected = []
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "reverse_chain", lambda *chain: corrected.append(chain[-1]) or chain[1])
+        script.sample_futures(folder, obs, action, n=7)
+    assert corrected == [False]
+    with pytest.raises(common.UserError, match="other states or actions"):
+        script.load_actor(trained, toy_data(), "cpu")  # two actions, not one
+    with pytest.raises(common.UserError, match="holds no BDM"):
+        common.load_policy(BDM, Args, folder)  # it has no policy
     of_run, _ = start("--bdm-only", trained, "--bdm-hidden", 8, name="of_run")
     batch = made[-1].data.split(made[-1].data.rows[:50])
     act = common.load_policy(BDM, Args, trained)

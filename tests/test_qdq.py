@@ -682,6 +682,13 @@ def test_reuse_compares(name, value, monkeypatch):
         qdq.load_models([learner])
 
 
+def test_reuse_reaches_all_seeds(start, tmp_path):
+    first = start("--score-steps", 1, "--consistency-steps", 5)["learner"]
+    start("--reuse", run_folder(tmp_path), "--seed", 0, 1, out="b")
+    second = common.load_checkpoint(run_folder(tmp_path, "b").parent / "seed1")["learner"]
+    assert all(torch.equal(first["score"][key], second["score"][key]) for key in first["score"])
+
+
 def test_reuse_refuses_what_does_not_fit(start, tmp_path):
     with pytest.raises(common.UserError, match="no checkpoint"):
         start("--reuse", run_folder(tmp_path), out="b")
@@ -805,7 +812,8 @@ def test_every_setting_moves_its_network(flag):
         ("--actor-lr -1", "--actor-lr must be at least 0"),
         ("--bc-coef -1", "--bc-coef must be at least 0"),
         ("--clip-grad -1", "--clip-grad must be at least 0"),
-        ("--window 0", "--window must be at least 1"),
+        ("--window 0", "--window must be at least 10, the --window-stride"),
+        ("--window 5 --window-stride 6", "--window must be at least 6"),
         ("--window-stride 0", "--window-stride must be at least 1"),
         ("--hidden 0", "--hidden must be at least 1"),
         ("--layers 0", "--layers must be at least 1"),

@@ -2,7 +2,6 @@
 
 import ast
 import fnmatch
-import functools
 import importlib
 import sys
 from pathlib import Path
@@ -12,19 +11,10 @@ import pytest
 import torch
 
 import common
-from common import BUILT_IN, DATASETS, SCENES, help_texts
+from common import BUILT_IN, DATASETS, SCENES
 
 TABLES = Path(__file__).parent / "tables"
 LEARNERS = dict(dtql="DTQL", srpo="SRPO", dac="DAC", qdq="QDQ", cped="CPED", bdm_rebrac_sbc="BDM")
-
-
-help_once = functools.cache(help_texts)
-
-
-@pytest.fixture(autouse=True)
-def fast_help(monkeypatch):
-    """Every command line reads the sources for its help, a third of a second."""
-    monkeypatch.setattr(common, "help_texts", help_once)
 
 
 class Stop(Exception):
@@ -145,7 +135,7 @@ def test_scores_of_dtqls_ablation(env, score, monkeypatch):
 @pytest.mark.parametrize("script", LEARNERS)
 def test_help_explains_every_setting(script):
     Args = importlib.import_module(script).Args
-    texts = help_texts(Args)
+    texts = common.help_texts(Args)
     assert [name for name in Args.__dataclass_fields__ if len(texts.get(name, "")) < 8] == []
 
 
