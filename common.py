@@ -157,7 +157,7 @@ for _name, *_sizes, _sha256 in map(str.split, KNOWN_FILES.strip().split("\n")):
     DATASETS[_name] = Source(server_path(_name), tuple(map(int, _sizes)), _sha256)
 DATASETS |= {_name: Source(server_path(_name), (), "") for _name in UNKNOWN_FILES}
 
-# Names of arrays: here, and in the files (either is read, and Gymnasium's words); a file must hold those in NEEDED.
+# Names of arrays: here, and in the files (where Gymnasium's words are read too); a file must hold those in NEEDED.
 KEYS = {
     "obs": "observations",
     "action": "actions",
@@ -168,8 +168,7 @@ KEYS = {
     "mask": "masks",
 }
 NEEDED = ("obs", "action", "reward", "terminal")
-NAMES = {key: key for key in KEYS} | {"terminations": "terminal", "truncations": "timeout"}
-NAMES |= {name: key for key, name in KEYS.items()}
+NAMES = {name: key for key, name in KEYS.items()} | {"terminations": "terminal", "truncations": "timeout"}
 
 # Raw returns that D4RL calls score 0 and score 100, by the first word of the dataset's name.
 REFERENCE = {
@@ -358,6 +357,8 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
             raise UserError(f"{env} makes its own data, so --data-path cannot be used with it")
         return load_scene(env)
     path = Path(data_path).expanduser() if data_path else None
+    if not path and Path(env).is_file():
+        raise UserError(f"{env} is a file: name it by --data-path, and its environment by --env")
     official = next((name for name in DATASETS if path and Path(DATASETS[name].path).name == path.name), None)
     original = official or env
     family = original.split("-")[0]
@@ -385,7 +386,9 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
         if official or not path:  # D4RL drops its last row even where that is a terminal
             raw["timeout"][-1] |= raw["terminal"][-1]
         ends = raw.pop("next_obs", raw["obs"])
-        raw["ends"] = np.where(np.isfinite(ends), ends, raw["obs"]) if true_next_obs else None
+        if true_next_obs:
+            raw["ends"] = np.where(np.isfinite(ends), ends, raw["obs"])
+        del ends  # as large as the observations
     data = Dataset.from_arrays(env, **raw, in_order=in_order, make_env=functools.partial(make_env, env))
     if len(data.episode_returns) == 0 and not sure:
         raise UserError(f"{env}: the data hold no complete episode: no row is marked as terminal or as a time limit")
@@ -693,6 +696,7 @@ def scale_actions(action: np.ndarray, env: str, box: spaces.Box | None) -> np.nd
         low, high = box.low.ravel(), box.high.ravel()
     elif np.abs(action).max() <= 1 + ACTION_SLACK:
         low, high = -np.ones_like(action[0]), np.ones_like(action[0])
+        print(f"{env}: the box of actions is unknown; it is taken to be [-1, 1]")
     else:
         low, high = action.min(axis=0), action.max(axis=0)
         print(f"{env}: the box of actions is unknown; [-1, 1] stands for what the data span, {low} to {high}")
@@ -764,6 +768,9 @@ def find_ends(raw: dict[str, np.ndarray], env: str, horizon: int | None, rule: C
         episodes = np.count_nonzero(terminal | raw["timeout"])
         print(f"{env}: the file has no timeouts, so terminals end the task; {guess} ({episodes} complete episodes)")
     raw["timeout"] = raw.get("timeout", False) | jump
+    longest = np.diff(np.flatnonzero(terminal | raw["timeout"]), prepend=-1, append=len(obs) - 1).max()
+    if horizon and longest > horizon and env not in DATASETS:
+        warn(f"{env}: {longest} rows without an end of an episode, its time limit is {horizon}: are ends not marked?")
     if terminal.any() and not (terminal & ~raw["timeout"]).any():
         warn(f"{env}: every terminal is marked as a time limit too, and counts as one: no end of the task is left")
     return True
@@ -1291,8 +1298,9 @@ def evaluate(act, envs, seed, tick=lambda: None):
         finite = np.isfinite(action).all(axis=1)
         if not finite.all():
             bad = live[~finite][0]
-            what = "the policy gave an action" if np.isfinite(obs[bad]).all() else "the environment gave an observation"
-            raise RunError(f"{what} that is not finite at step {step} in environment {bad}")
+            if not np.isfinite(obs[bad]).all():
+                raise UserError(f"the environment gave an observation that is not finite at step {step}")
+            raise RunError(f"the policy gave an action that is not finite at step {step} in environment {bad}")
         for i, a in zip(live, action):
             tick()
             obs[i], reward, terminated, truncated, _ = envs[i].step(a)
@@ -1300,7 +1308,7 @@ def evaluate(act, envs, seed, tick=lambda: None):
             running[i] = not (terminated or truncated)
     broken = np.flatnonzero(~np.isfinite(returns))
     if len(broken):
-        raise RunError(f"the simulation broke down: the return of environment {broken[0]} is not finite")
+        raise UserError(f"the simulation broke down: the return of environment {broken[0]} is not finite")
     return returns
 
 
@@ -1425,8 +1433,10 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
         default, source = replace(Args(), **table | dict(env=env)), relative or env
         for field in ("eval_every", "log_every"):
             setattr(default, field, max(1, min(getattr(default, field), default.steps // 10)))  # ten points at least
-        if relative and not wants_help:
-            print(f"note: no settings for {env} in this script; using those of {relative}")
+        if not (table or relative):
+            source = "no dataset in particular"
+        if source != env and not wants_help:
+            print(f"note: no settings for {env} in this script; using those of {source}")
     if wants_help:
         parser.epilog = f"The defaults shown are those of {source}; each --env has its own."
         text = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value
@@ -1463,6 +1473,7 @@ def make_parser(Args, doc):
         allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.error = refuse
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # else -1e-3 is read as a flag, before Python 3.14
     own, shared = parser.add_argument_group("algorithm"), parser.add_argument_group("run")
     texts, types = help_texts(Args), get_type_hints(Args)
     for field in fields(Args):
@@ -1533,7 +1544,7 @@ def find_settings(env, settings):
     families = [key for key in settings if env == key or env.startswith(key + "-") and built_in(env)]
     if families:
         return settings[max(families, key=len)], None
-    words = lambda name: set(re.split(r"[-/_]", name.lower()))
+    words = lambda name: set(re.split(r"[-/_:]", name.lower()))
     likeness = lambda key: (key in DATASETS, len(words(key) & words(env)) - 0.1 * len(words(key) - words(env)))
     relative = max([key for key in settings if key.split("-")[0] in words(env)], key=likeness, default=None)
     return {key: value for key, value in settings.get(relative, {}).items() if key != "paper_score"}, relative
@@ -1597,7 +1608,7 @@ def check_args(args):
         trial = torch.zeros(1, device=args.device)
         trial.item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} cannot be used here: {reason(error)}") from None
+        raise UserError(f"--device {args.device} cannot be used here: {reason(error).split('. ')[0]}") from None
     if trial.device.type == "cuda":
         torch.cuda.set_device(trial.device)  # streams and graphs belong to the current device
 
@@ -1615,8 +1626,9 @@ def check_resume(args, given):
         args.steps = max(args.steps, saved.steps)
         for name in vars(saved).keys() - FREE - {"steps", "" if "out" in given else "out"}:
             was, now = getattr(saved, name), getattr(args, name)
-            same = os.path.abspath if was and now and name in ("out", "reuse", "bdm_only") else str
-            if same(was) != same(now):
+            if was and now and name in ("out", "reuse", "bdm_only"):
+                was, now = os.path.abspath(was), os.path.abspath(now)
+            if was != now:
                 rest = "when it is resumed" if name in given else "as for other seeds: resume each on its own"
                 raise UserError(f"{flag(name)} was {was} in {folders[seed]} and cannot be {now} {rest}")
     there = lambda seed: (folders[seed] / "checkpoint.pt").exists()
@@ -2083,7 +2095,7 @@ class Run:
             values = {"return": float(np.mean(returns)), "return_std": float(np.std(returns))}
             if (scores := score(self.args.env, returns)) is not None:
                 values |= dict(score=float(np.mean(scores)), score_std=float(np.std(scores)))
-            log.add_evaluation(values)
+            log.add_evaluation(dict(phase=self.phase, step=self.step, total=self.total), values)
         if time.monotonic() - self.drawn > 10:  # seconds: a picture takes about one
             self.draw()
         return True
@@ -2117,7 +2129,8 @@ class Run:
                 if self.args.start not in (None, count_updates(checkpoint)):
                     raise CaughtUp  # another process went on with it before the lock was ours: look again
                 if checkpoint["dims"]["fingerprint"] != self.data.fingerprint:
-                    raise UserError(f"these are not the data that {folder} was trained on: it cannot go on")
+                    why = "other rows, or actions scaled in another way, where the environment was or is not known"
+                    raise UserError(f"these are not the data that {folder} was trained on: {why}")
                 if not set_state(learner.state, checkpoint["learner"]):  # else the first draws would come once more
                     learner.generator.manual_seed(hash((seed, checkpoint["step"])))
                     elsewhere = True
@@ -2133,8 +2146,8 @@ class Run:
             print("note: its checkpoint is from another kind of device: the run goes on, but not bit for bit")
         steps, old = self.args.steps, about["args"]["steps"]
         if steps > old:
-            print(f"note: {steps:,} updates instead of {old:,}: schedules over --steps stretch to the new end,")
-            print("      and rates that had fallen rise again")
+            print(f"note: {steps:,} updates instead of {old:,}: any schedule over --steps stretches to the new end,")
+            print("      and a rate that had fallen along it rises again")
 
     def hear_signals(self):
         """Of a user or a cluster (SIGUSR1: SLURM's warning). Windows lacks two; only the main thread may hear any."""
@@ -2178,6 +2191,8 @@ class Run:
             write_whole(folder / "summary.json", json.dumps(summary, indent=2))
         if len(summaries) > 1:
             write_whole(self.root / "summary.json", json.dumps(across_seeds(summaries), indent=2))
+        elif self.args.resume and (self.root / "summary.json").exists():
+            print(f"note: {self.root}/summary.json is of several seeds as they were; --resume {self.root} renews it")
         self.draw()
         if self.args.env.startswith("bandit-"):
             for folder, learner, seed in zip(self.folders, self.learners, self.args.seed):
@@ -2232,6 +2247,8 @@ def lock(folder):
 
 def begin_folder(folder, run, seed):
     """A new folder; an earlier run in the same place is moved aside, never overwritten."""
+    if folder.is_symlink():  # what it points to is locked, and would stay
+        raise UserError(f"{folder} is a symbolic link: remove it or choose another --out (--resume goes on there)")
     if folder.exists():
         folder.rename(aside := unused(folder))
         print(f"note: the earlier run in {folder} is now {aside}; --resume continues either")
@@ -2338,8 +2355,10 @@ class Log:
             self.write()
         self.send(row["phase"], row)
 
-    def add_evaluation(self, values):
-        """Complete the last row."""
+    def add_evaluation(self, place, values):
+        """Complete the last row, which a resumed run may have lost."""
+        if not self.rows or self.rows[-1]["total"] < place["total"]:
+            self.rows.append(place)
         self.rows[-1] |= values
         self.write()
         self.send("eval", values)

@@ -125,10 +125,11 @@ def test_odd_types(tmp_path, suffix):
     np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
 
 
-def test_own_short_names(tmp_path):
+def test_arrays_of_other_names_are_left_alone(tmp_path):
+    """Also where they are called as in a Batch: a `mask` of ones is not OGBench's `masks`."""
     raw = arrays()
-    short = {short: raw[long] for short, long in common.KEYS.items() if long in raw}
-    data = common.load_dataset("Hopper-v4", write(tmp_path / "x.npz", short))
+    more = dict(mask=np.ones(len(raw["rewards"])), obs=np.zeros((3, 4)), infos=np.zeros(2))
+    data = common.load_dataset("Hopper-v4", write(tmp_path / "x.npz", raw | more))
     np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
     assert (data.name, data.obs_dim, data.action_dim, data.max_action) == ("Hopper-v4", 11, 3, 1.0)
 
@@ -201,6 +202,21 @@ def test_own_data_without_timeouts_end_where_their_episodes_do(tmp_path, monkeyp
     assert data.episode_returns.tolist() == [300, 1000, 1000, 500]
     assert np.flatnonzero(np.diff(data.episode)).tolist() == [299, 1298, 2297]  # the last rows of cut ones have no next
     assert ends[-1] == 2800
+
+
+def test_episodes_longer_than_the_time_limit_are_told(tmp_path, capsys):
+    raw = arrays(2500, limit=900, terminal_rate=0.0)
+    common.load_dataset("Hopper-v4", write(tmp_path / "x.npz", raw))
+    assert capsys.readouterr().err == ""
+    raw["timeouts"][899] = False
+    common.load_dataset("Hopper-v4", write(tmp_path / "x.npz", raw))
+    assert "1800 rows without an end of an episode, its time limit is 1000" in capsys.readouterr().err
+
+
+def test_a_file_is_not_an_environment(tmp_path):
+    path = write(tmp_path / "x.npz", arrays())
+    with pytest.raises(common.UserError, match="is a file: name it by --data-path"):
+        common.load_dataset(str(path))
 
 
 def test_no_timeouts_uses_counter_and_says_so(tmp_path, monkeypatch, capsys):
@@ -478,7 +494,8 @@ def test_without_an_environment(tmp_path, capsys):
     with pytest.raises(common.UserError, match="unknown environment 'MyRobot-v0'.*--eval-episodes 0 trains without"):
         common.load_dataset("MyRobot-v0", path)
     data = common.load_dataset("MyRobot-v0", path, judge=False)
-    assert "unknown environment 'MyRobot-v0'" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "unknown environment 'MyRobot-v0'" in printed and "it is taken to be [-1, 1]" in printed
     np.testing.assert_allclose(data.action, np.delete(raw["actions"], [29, 94, 129], axis=0))  # in [-1, 1] already
     with pytest.raises(common.UserError, match="unknown environment"):
         data.make_env()
@@ -974,7 +991,7 @@ def test_demo_cache(tmp_path, monkeypatch, capsys):
     [file] = (tmp_path / "offline-rl").iterdir()
     file.write_bytes(file.read_bytes()[:1000])
     assert torch.equal(common.load_dataset(name).rows, first.rows)
-    np.savez(file, obs=np.zeros((9, 17)))
+    np.savez(file, observations=np.zeros((9, 17)))
     assert torch.equal(common.load_dataset(name).rows, first.rows)
 
     (tmp_path / "plain").write_text("a file where the folder should be")

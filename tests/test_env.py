@@ -240,7 +240,8 @@ def test_whatever_gymnasium_makes(tmp_path, monkeypatch):
     monkeypatch.setattr(gymnasium, "registry", registry)
     name = "my_module:lab/Mine-v3"
     assert not common.is_minari(name) and common.score(name, 1.0) is None
-    np.savez(tmp_path / "x.npz", obs=np.zeros((9, 3)), action=np.ones((9, 1)), reward=np.ones(9), terminal=np.ones(9))
+    raw = dict(observations=np.zeros((9, 3)), actions=np.ones((9, 1)), rewards=np.ones(9), terminals=np.ones(9))
+    np.savez(tmp_path / "x.npz", **raw)
     data = common.load_dataset(name, str(tmp_path / "x.npz"))
     assert data.action[0] == 0.5 and data.make_env().spec.id == "lab/Mine-v3"
     with pytest.warns(UserWarning, match="latest versioned"):
@@ -813,7 +814,7 @@ def test_action_that_is_not_finite(bad):
 def test_observation_that_is_not_finite():
     env = Counter(0, 9, 1.0)
     env.step = lambda action: (np.full(2, np.nan), 0.0, False, False, {})
-    with pytest.raises(common.RunError, match="the environment gave an observation that is not finite at step 1"):
+    with pytest.raises(common.UserError, match="the environment gave an observation that is not finite at step 1"):
         common.evaluate(lambda obs: obs, [env], seed=0)
 
 
@@ -825,7 +826,7 @@ def test_actions_of_wrong_shape(shape):
 
 
 def test_return_that_is_not_finite():
-    with pytest.raises(common.RunError, match="return of environment 1 is not finite"):
+    with pytest.raises(common.UserError, match="return of environment 1 is not finite"):
         common.evaluate(lambda obs: np.zeros((len(obs), 2)), [Counter(0, 2, 1.0), Counter(1, 2, np.nan)], seed=0)
 
 

@@ -141,6 +141,7 @@ def test_lengths_keep_their_proportion_to_steps(monkeypatch):
     [
         ("Hopper-v4", 0.5),
         ("mujoco/hopper/medium-v0", 0.5),
+        ("gymnasium:Hopper-v4", 0.5),
         ("hopper-medium-replay-v1", 0.25),
         ("Pendulum-v1", 0.125),  # built-in data lend theirs only where the paper has none of the family
     ],
@@ -148,6 +149,49 @@ def test_lengths_keep_their_proportion_to_steps(monkeypatch):
 def test_an_unlisted_env_gets_its_nearest_relative_and_says_so(monkeypatch, capsys, env, lr):
     assert parsed(monkeypatch, "--env", env).lr == lr
     assert "note: no settings for" in capsys.readouterr().out
+
+
+def test_an_env_without_any_relative_says_so(monkeypatch, capsys):
+    assert parsed(monkeypatch, "--env", "zz-v0").lr == 1.0
+    assert "using those of no dataset in particular" in capsys.readouterr().out
+    assert parsed(monkeypatch, "--env", "hopper-medium-v2").lr == 0.5 and capsys.readouterr().out == ""
+
+
+def test_numbers_of_any_form(monkeypatch):
+    assert [parsed(monkeypatch, "--lr", text).lr for text in ("-1e-3", "-.5", "1e-3", "-2")] == [-1e-3, -0.5, 1e-3, -2]
+
+
+def test_a_whole_number_is_the_same_number_when_resumed(tmp_path, monkeypatch):
+    run, learners = make_run(tmp_path, lr=1, weights=(1, 2))  # as from a table
+    train(run, learners)
+    assert parsed(monkeypatch, "--resume", run.place, "--lr", "1", "--weights", "1", "2").lr == 1
+
+
+def test_a_link_in_place_of_a_run_is_refused(tmp_path):
+    """Its lock would be that of the folder it leads to, which a second run does not ask for."""
+    run, _ = make_run(tmp_path / "elsewhere")
+    place = Path(str(run.place).replace("elsewhere", "here"))
+    place.parent.mkdir(parents=True)
+    place.symlink_to(run.place)
+    with pytest.raises(UserError, match="seed0 is a symbolic link"):
+        make_run(tmp_path / "here")
+    assert place.is_symlink() and (run.place / "args.json").exists()
+
+
+def test_the_summary_of_all_seeds_is_said_to_be_of_before(tmp_path, monkeypatch, capsys):
+    run, learners = make_run(tmp_path, seed=(0, 1), steps=20)
+    train(run, learners, 20)
+    run.finish()
+    for seed in ("0", "1"):
+        run, learners = resumed(monkeypatch, "--resume", run.root, "--seed", seed, "--steps", "40")
+        train(run, learners, 40)
+        run.finish()
+        assert f"summary.json is of several seeds as they were; --resume {run.root} renews" in capsys.readouterr().out
+    run, learners = resumed(monkeypatch, "--resume", run.root)
+    train(run, learners, 40)
+    run.finish()
+    assert json.loads((run.root / "summary.json").read_text())["steps"] == 40
+    assert "as they were" not in capsys.readouterr().out
     assert parsed(monkeypatch, "--env", "walker2d-medium-v2").lr == 1.0
 
 
@@ -431,6 +475,18 @@ def test_an_evaluation_that_one_of_two_seeds_still_owes_is_made(tmp_path, monkey
     assert "over 2 seeds" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kept", [0, 3])
+def test_an_evaluation_that_is_owed_stands_at_its_update_where_rows_were_lost(tmp_path, kept, monkeypatch):
+    run, learners = make_run(tmp_path, data=Slow(number=15), steps=60, eval_every=60, eval_episodes=1)
+    with pytest.raises(SystemExit):
+        train(run, learners, 60, evaluate=True)
+    path = run.place / "metrics.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
+    run, learners = resumed(monkeypatch, "--resume", run.place)
+    train(run, learners, 60, evaluate=True)
+    assert [row["total"] for row in common.read_csv(path) if "return" in row] == [60]
+
+
 def test_an_evaluation_that_is_owed_may_be_left_out(tmp_path, monkeypatch):
     run, learners = make_run(tmp_path, data=Slow(number=signal.SIGTERM), eval_episodes=1, eval_every=60)
     with pytest.raises(SystemExit):
@@ -697,7 +753,7 @@ def test_a_finished_run_can_be_lengthened(tmp_path, monkeypatch, capsys):
     train(run, learners, 180, phase="second")
     text = capsys.readouterr().out
     assert "note: 200 updates instead of 100" in text
-    assert "rates that had fallen rise again" in " ".join(text.split())
+    assert "a rate that had fallen along it rises again" in " ".join(text.split())
     assert learners[0].weight == 200 and common.load_checkpoint(run.place)["done"] == dict(first=20, second=180)
     assert parsed(monkeypatch, "--resume", run.place).steps == 200
     run, learners = resumed(monkeypatch, "--resume", run.place)
