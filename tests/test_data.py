@@ -991,7 +991,7 @@ def test_demo_cache(tmp_path, monkeypatch, capsys):
     [file] = (tmp_path / "offline-rl").iterdir()
     file.write_bytes(file.read_bytes()[:1000])
     assert torch.equal(common.load_dataset(name).rows, first.rows)
-    np.savez(file, observations=np.zeros((9, 17)))
+    np.savez(file, obs=np.zeros((9, 17)))
     assert torch.equal(common.load_dataset(name).rows, first.rows)
 
     (tmp_path / "plain").write_text("a file where the folder should be")
