@@ -367,6 +367,7 @@ def test_generator_is_a_copy_of_the_behaviour_model_if_there_was_a_head_start(st
 
     monkeypatch.setattr(dtql, "Run", Run)
     flags = f"--env pendulum-demo-medium --behavior-reg kl --pretrain-steps {steps} --device cpu --seed 0 1"
+    flags += " --hidden 8 --behavior-hidden 16"
     monkeypatch.setattr(sys, "argv", ["dtql.py", *flags.split()])
     dtql.main()
 

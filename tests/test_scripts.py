@@ -121,6 +121,9 @@ def test_same_seed_same_run_and_seeds_keep_their_own_draws(name, start, tmp_path
     torch.manual_seed(999)
     start(name, "--out", tmp_path / "company", "--seed", 0, 1)
     assert_same(learned(tmp_path / "alone", name, 1), learned(tmp_path / "company", name, 1))
+    own = [folder(tmp_path / out, name, 1).glob("*.png") for out in ("alone", "company")]  # the script's, of this seed
+    own = [{path.name: path.read_bytes() for path in paths if path.name != "curve.png"} for paths in own]
+    assert own[0] == own[1]
     first, second = (learned(tmp_path / "company", name, seed) for seed in (0, 1))
     assert any(not torch.equal(first[path], second[path]) for path in first)
     summary = json.loads((tmp_path / "company" / name / "pendulum-demo-medium" / "summary.json").read_text())
