@@ -52,7 +52,7 @@ critics (--sbc-only, App. C) L_Q is left out.
  9. P: alpha_i; s_f ~ d(. | s, a), eps(s'_i, i)       abar_i; s_f ~ d(. | s', a'), as in Alg. 1; eps(s'_i, s, a, i)
 10. C: s_f in L_s is G + 1 steps on, across time      X: G ~ Geometric(1 - gamma) steps on in its episode, for ever in a
     limits too and from a terminal row, none beyond   terminal state, none beyond a time limit. Where there is none
-    a later terminal                                  L_s counts a zero. Share that have one, C and X, data made with
+    a later terminal                                  L_s counts a zero. Share with one, C and X, on data made with
                                                       SAC: Hopper medium 0.841, 0.984; replay 0.559, 0.999;
                                                       HalfCheetah medium 1.000, 0.901
 11. P: no sampler, no K. C: DDPM, K = 10, the         X: at the step's: N(1, 1) comes out with mean 0.98, not 0.76
