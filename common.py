@@ -1430,13 +1430,12 @@ def parse_args(Args, settings, check=None, proportional=(), doc=""):
             default.device = "cpu"
     else:
         table, relative = find_settings(env, settings(given) if callable(settings) else settings)
-        default, source = replace(Args(), **table | dict(env=env)), relative or env
+        default, source = replace(Args(), **table | dict(env=env)), relative or (env if table else "this script")
         for field in ("eval_every", "log_every"):
             setattr(default, field, max(1, min(getattr(default, field), default.steps // 10)))  # ten points at least
-        if not (table or relative):
-            source = "no dataset in particular"
         if source != env and not wants_help:
-            print(f"note: no settings for {env} in this script; using those of {source}")
+            using = f"those of {relative}" if relative else "its defaults"
+            print(f"note: no settings for {env} in this script; using {using}")
     if wants_help:
         parser.epilog = f"The defaults shown are those of {source}; each --env has its own."
         text = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value

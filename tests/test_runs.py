@@ -153,7 +153,7 @@ def test_an_unlisted_env_gets_its_nearest_relative_and_says_so(monkeypatch, caps
 
 def test_an_env_without_any_relative_says_so(monkeypatch, capsys):
     assert parsed(monkeypatch, "--env", "zz-v0").lr == 1.0
-    assert "using those of no dataset in particular" in capsys.readouterr().out
+    assert "using its defaults" in capsys.readouterr().out
     assert parsed(monkeypatch, "--env", "hopper-medium-v2").lr == 0.5 and capsys.readouterr().out == ""
 
 
