@@ -168,7 +168,7 @@ KEYS = {
     "mask": "masks",
 }
 NEEDED = ("obs", "action", "reward", "terminal")
-NAMES = {name: key for key, name in KEYS.items()} | {"terminations": "terminal", "truncations": "timeout"}
+NAMES = {"terminations": "terminal", "truncations": "timeout"} | {name: key for key, name in KEYS.items()}
 
 # Raw returns that D4RL calls score 0 and score 100, by the first word of the dataset's name.
 REFERENCE = {

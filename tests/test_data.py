@@ -126,9 +126,10 @@ def test_odd_types(tmp_path, suffix):
 
 
 def test_arrays_of_other_names_are_left_alone(tmp_path):
-    """Also where they are called as in a Batch: a `mask` of ones is not OGBench's `masks`."""
+    """Also where they are called as in a Batch: a `mask` of ones is not OGBench's `masks`. D4RL's names come first."""
     raw = arrays()
     more = dict(mask=np.ones(len(raw["rewards"])), obs=np.zeros((3, 4)), infos=np.zeros(2))
+    more |= dict(terminations=np.zeros(len(raw["rewards"])))
     data = common.load_dataset("Hopper-v4", write(tmp_path / "x.npz", raw | more))
     np.testing.assert_array_equal(data.rows.numpy(), by_loop(raw))
     assert (data.name, data.obs_dim, data.action_dim, data.max_action) == ("Hopper-v4", 11, 3, 1.0)
