@@ -357,7 +357,7 @@ def load_dataset(env, data_path=None, *, timeout_rule=None, true_next_obs=False,
             raise UserError(f"{env} makes its own data, so --data-path cannot be used with it")
         return load_scene(env)
     path = Path(data_path).expanduser() if data_path else None
-    if not path and Path(env).is_file():
+    if not (path or env in BUILT_IN or env in DATASETS) and Path(env).is_file():
         raise UserError(f"{env} is a file: name it by --data-path, and its environment by --env")
     official = next((name for name in DATASETS if path and Path(DATASETS[name].path).name == path.name), None)
     original = official or env

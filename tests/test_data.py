@@ -214,7 +214,10 @@ def test_episodes_longer_than_the_time_limit_are_told(tmp_path, capsys):
     assert "1800 rows without an end of an episode, its time limit is 1000" in capsys.readouterr().err
 
 
-def test_a_file_is_not_an_environment(tmp_path):
+def test_a_file_is_not_an_environment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pendulum-demo-medium").write_text("a log, say")
+    assert len(common.load_dataset("pendulum-demo-medium")) > 0
     path = write(tmp_path / "x.npz", arrays())
     with pytest.raises(common.UserError, match="is a file: name it by --data-path"):
         common.load_dataset(str(path))
